@@ -1,0 +1,159 @@
+"""The sample table: one row per link, in Parquet shards under a Delta log, partitioned by what became of the link."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+
+from mdm_core.errors import ConfigError
+from pipelines import storage
+
+OUTCOMES = ("ok", "filtered", "failed")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.binary(), nullable=False),  # 128-bit hash of the URL
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("retryable", pa.bool_(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("fetched_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("image", pa.binary()),
+        pa.field("format", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("original_width", pa.int32()),
+        pa.field("original_height", pa.int32()),
+        pa.field("sha256", pa.binary()),  # of the bytes fetched
+        pa.field("phash", pa.int64()),
+        pa.field("clip_similarity", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of the table; `path` is relative to the table's URI."""
+
+    path: str
+    num_rows: int
+    outcome: str
+    size_bytes: int
+
+
+class SampleTable:
+    """One version of a table, to read from."""
+
+    SCHEMA = SCHEMA
+
+    def __init__(self, delta: DeltaTable, uri: str) -> None:
+        self.uri = uri
+        self._delta = delta
+
+    @classmethod
+    def open(cls, uri: str, version: int | None = None) -> "SampleTable":
+        """Returns the table at `uri`, as of `version` or as it is now.
+
+        Raises:
+            ConfigError: There is no table, it is another kind of table, or it has no such version.
+        """
+        uri = storage.absolute(uri)
+        options = storage.delta_options(uri)
+        if not DeltaTable.is_deltatable(uri, options):
+            raise ConfigError(f"{uri} is not a table: it has no _delta_log; make one with `mdm refresh`")
+        try:
+            delta = DeltaTable(uri, version=version, storage_options=options)
+        except DeltaError as error:
+            latest = DeltaTable(uri, storage_options=options).version()
+            raise ConfigError(f"{uri} has no version {version}; the latest is {latest}") from error
+        found = pa.schema(delta.schema().to_arrow())
+        missing = [name for name in SCHEMA.names if name not in found.names]
+        if missing:
+            raise ConfigError(
+                f"{uri} is not a sample table: it lacks the columns {', '.join(missing)}; use another URI"
+            )
+        return cls(delta, uri)
+
+    @property
+    def version(self) -> int:
+        """The version of the table that is read."""
+        return self._delta.version()
+
+    def shards(self, outcome: str | None = "ok") -> tuple[Shard, ...]:
+        """Returns the files that hold rows with `outcome` (None: all rows), sorted by path.
+
+        The order of paths is the order in which their rows stood in the lists.
+        """
+        files = pa.table(self._delta.get_add_actions(flatten=True))
+        if not files.num_rows:
+            return ()
+        columns = (files[name].to_pylist() for name in ("path", "num_records", "partition.outcome", "size_bytes"))
+        shards = (Shard(*row) for row in zip(*columns, strict=True))
+        return tuple(sorted((s for s in shards if outcome in (None, s.outcome)), key=lambda shard: shard.path))
+
+    def read(self, shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the rows of one shard, in order, with the columns asked for (None: all).
+
+        Raises:
+            ConfigError: There is no such column.
+        """
+        names = list(SCHEMA.names if columns is None else columns)
+        unknown = [name for name in names if name not in SCHEMA.names]
+        if unknown:
+            raise ConfigError(f"no column {', '.join(unknown)} in a sample table; it has {', '.join(SCHEMA.names)}")
+        stored = [name for name in names if name != "outcome"]
+        rows = read_rows(self.uri, shard.path, stored)
+        if "outcome" in names:
+            rows = rows.append_column(SCHEMA.field("outcome"), pa.repeat(pa.scalar(shard.outcome), shard.num_rows))
+        return rows.select(names)
+
+
+def table_stats(uri: str) -> dict[str, Any]:
+    """Returns how many rows of the table at `uri` have each outcome and each reason, and how many bytes it takes."""
+    table = SampleTable.open(uri)
+    outcomes = dict.fromkeys(OUTCOMES, 0)
+    reasons: Counter[str] = Counter()
+    size_bytes = 0
+    for shard in table.shards(outcome=None):
+        outcomes[shard.outcome] += shard.num_rows
+        size_bytes += shard.size_bytes
+        if shard.outcome != "ok":
+            reasons.update(table.read(shard, ["reason"])["reason"].to_pylist())
+    return {
+        "uri": table.uri,
+        "table_version": table.version,
+        "rows": sum(outcomes.values()),
+        **outcomes,
+        "reasons": dict(reasons.most_common()),
+        "size_bytes": size_bytes,
+    }
+
+
+def read_rows(table_uri: str, path: str, columns: Sequence[str]) -> pa.Table:
+    """Returns the columns of one file of a table, in the order of the file."""
+    with storage.open_input(storage.join(table_uri, path)) as file:
+        return pq.ParquetFile(file).read(columns=list(columns))
+
+
+def encode_shard(rows: pa.Table) -> bytes:
+    """Returns rows of the table, without `outcome`, as a Parquet file of row groups small enough to shuffle by."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        rows,
+        buffer,
+        row_group_size=100,
+        compression="zstd",
+        # Statistics of the pictures would copy the largest and the smallest of them.
+        use_dictionary=["source", "reason", "format"],
+        write_statistics=["width", "height", "original_width", "original_height", "fetched_at", "clip_similarity"],
+    )
+    return buffer.getvalue()
