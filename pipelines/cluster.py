@@ -1,0 +1,64 @@
+"""The Ray cluster that a command runs on: the one it is given, or one inside this process's machine."""
+
+import logging
+import os
+
+import ray
+
+from mdm_core.errors import ConfigError
+
+# A Ray Data pipeline holds one CPU for its actors and one for a task, so a machine with one core takes turns.
+_MIN_LOCAL_CPUS = 2
+
+
+def connect(min_cpus: int = 1) -> None:
+    """Joins the cluster at `RAY_ADDRESS`, or starts Ray on this machine; does nothing if already connected.
+
+    Args:
+        min_cpus: CPUs that the work needs at the same time. Ray waits for ever, and says nothing, where a
+            pipeline needs more than the cluster has, so it is asked before anything starts.
+
+    Raises:
+        ConfigError: The cluster can't be reached, or has fewer CPUs than `min_cpus`.
+    """
+    # Read by Ray when it starts, and by the processes that it starts: a default here never overrides the operator's.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    started_here = not ray.is_initialized()
+    if started_here:
+        _start()
+    has_cpus = int(ray.cluster_resources().get("CPU", 0))
+    if has_cpus < min_cpus:
+        if started_here:
+            disconnect()
+        raise ConfigError(
+            f"this work needs {min_cpus} CPUs at once, but the Ray cluster has {has_cpus}; "
+            "ask for fewer workers, or set RAY_ADDRESS to a larger cluster"
+        )
+
+
+def disconnect() -> None:
+    """Leaves the cluster, and ends it if `connect` started it."""
+    ray.shutdown()
+
+
+def _start() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, logging_level=logging.WARNING)
+        else:
+            # Without "local", Ray would silently join any other cluster that runs on this host.
+            ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOCAL_CPUS, len(os.sched_getaffinity(0))),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if not address:
+            raise
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); "
+            "correct the address, or unset RAY_ADDRESS to run on this machine"
+        ) from error
