@@ -1,0 +1,1 @@
+"""Token-level text embeddings, computed once and kept beside the shards of a table."""

@@ -1,0 +1,1 @@
+"""How good a checkpoint is: pictures for a fixed prompt set, and their distance from the real ones."""

@@ -1,0 +1,1 @@
+"""Pictures for captions, made by a checkpoint."""
