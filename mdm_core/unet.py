@@ -115,7 +115,9 @@ class UNet(nn.Module):
         emb = self.temb_layer2(F.silu(self.temb_layer1(sinusoid(timestep, width).to(dtype))))
         if self.config.scale_condition is not None:
             largest = float(self.config.scale_condition)
-            value = torch.full_like(timestep, largest, dtype=torch.float32) if scale is None else scale.clamp(max=largest)
+            value = (
+                torch.full_like(timestep, largest, dtype=torch.float32) if scale is None else scale.clamp(max=largest)
+            )
             first, second = self.cond_layers["scale"]  # type: ignore[misc]
             emb = emb + second(F.silu(first(sinusoid(value, width).to(dtype))))
         return emb
