@@ -1,0 +1,1 @@
+"""The mathematics and the networks of Matryoshka Diffusion: torch and numpy only."""

@@ -16,7 +16,10 @@ from mdm_core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
-    """A squared-cosine schedule (arXiv 2102.09672, equation 17), shifted a resolution (arXiv 2310.15111, section 3.3)."""
+    """A squared-cosine schedule (arXiv 2102.09672, equation 17), shifted by resolution.
+
+    The shift is that of arXiv 2310.15111, section 3.3.
+    """
 
     num_timesteps: int = 1000
     """N, the number of noise levels."""

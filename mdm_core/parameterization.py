@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = √alpha_bar · x0 + √(1 − alpha_bar) · eps."""
+    """The noised picture x_t = √alpha_bar · x0 + √(1 − alpha_bar) · eps."""
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
 
 def v_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = √alpha_bar · eps − √(1 − alpha_bar) · x0."""
+    """The velocity v = √alpha_bar · eps − √(1 − alpha_bar) · x0."""
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
 
 

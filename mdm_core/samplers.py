@@ -38,7 +38,7 @@ def sample(
             arXiv 2305.08891, section 3.3).
         text_emb: (B, L, D) token embeddings; None samples without text.
         text_mask: (B, L) bool, True = real token.
-        guidance_scale: w of classifier-free guidance (arXiv 2207.12598) as x0 = x0_none + w · (x0_text − x0_none); 1 is off.
+        guidance_scale: w of classifier-free guidance (arXiv 2207.12598): x0_none + w · (x0_text − x0_none); 1 is off.
         solver: `ddim` (arXiv 2010.02502, equation 12, eta 0) or `dpmpp_2m` (arXiv 2211.01095, algorithm 2).
         on_step: Called with (steps done, steps in all).
 

@@ -1,0 +1,251 @@
+"""One stage of training on one worker, step by step. It knows nothing of Ray: rank and workers are numbers."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mdm_core.nested_unet import NestedUNet, build_network
+from mdm_core.progressive import grow
+from mdm_core.unet import UNet
+from pipelines.data.table import SampleTable
+from pipelines.embed.store import EmbeddingStore
+from pipelines.sample.generator import Generator
+from pipelines.train.batches import BatchReader
+from pipelines.train.checkpoint import Checkpoint, Manifest, prune_checkpoints, save_checkpoint
+from pipelines.train.config import TrainConfig
+from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
+
+State = dict[str, Tensor]
+Post = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What is settled before any worker starts."""
+
+    config: TrainConfig
+    table_version: int
+    """The number that `latest` stood for when the run began."""
+    run_id: str
+    """MLflow run of the training."""
+    preview_text: tuple[Tensor, Tensor] | None = None
+    """Encoded captions, (B, L, D) and (B, L), of the pictures made at each checkpoint."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the workers this is, and where it computes."""
+
+    rank: int = 0
+    workers: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class StageRun:
+    """A stage of the run, from its start or from a checkpoint of it."""
+
+    def __init__(self, context: RunContext, index: int, *, place: Place, post: Post) -> None:
+        """Opens what the stage reads.
+
+        Args:
+            context: The run.
+            index: The stage, from 0.
+            place: This worker.
+            post: Takes events for the driver: metrics, pictures, checkpoints. Called on rank 0 only.
+        """
+        self.context, self.index, self.place, self.post = context, index, place, post
+        self.config, self.stage = context.config, context.config.stages[index]
+        self.table = SampleTable.open(self.config.data.table, context.table_version)
+        self.store = EmbeddingStore.open(self.table, self.config.text.encoder)
+        self.networks = self.config.model.matryoshka(self.store.width).up_to(self.stage.resolution)
+        self.schedule = self.config.model.noise_schedule()
+        self.metrics: dict[str, float] = {}
+        self.state = self._new_state(None)
+
+    def grow_from(self, inner: State) -> None:
+        """Starts the stage from the averaged weights of the one before."""
+        self.state = self._new_state(inner)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint of this stage."""
+        self.state.load(
+            weights=checkpoint.tensors("weights"),
+            ema=checkpoint.tensors("ema"),
+            optimizer=checkpoint.tensors("optimizer"),
+            step=checkpoint.manifest.images_seen // self.stage.global_batch_size,
+        )
+        self.metrics = dict(checkpoint.manifest.metrics)
+
+    def run(self) -> State:
+        """Trains to the end of the stage, and returns its averaged weights."""
+        stage, state = self.stage, self.state
+        alpha_bars = self.schedule.alpha_bars(self.networks.resolutions).to(self.place.device)
+        weights = stage.resolution_weights or (1.0,) * len(self.networks.resolutions)
+        network = self._distributed(state.network)
+        window = LossWindow(self.place)
+        for batch in self._batches():
+            lr = self._learning_rate()
+            with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.place.device.type == "cuda"):
+                rows = losses(
+                    network,
+                    batch.to(self.place.device),
+                    alpha_bars=alpha_bars,
+                    resolutions=self.networks.resolutions,
+                    resolution_weights=weights,
+                    weighting=stage.loss_weighting,
+                )
+            rows.sum(dim=0).mean().backward()  # type: ignore[no-untyped-call]
+            window.add(rows.detach(), optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm))
+            done = state.step == stage.num_steps
+            if done or state.step % self.config.log_every_steps == 0:
+                self._report(window, lr)
+            if done or self._checkpoint_is_due():
+                self._save(done)
+            if done:
+                break
+        return state.ema.state_dict()
+
+    @property
+    def images_seen(self) -> int:
+        """Images of this stage that have been trained on, by all workers together."""
+        return self.state.step * self.stage.global_batch_size
+
+    def _new_state(self, inner: State | None) -> TrainState:
+        torch.manual_seed(self.config.seed + self.index)
+        network = build_network(self.networks)
+        if inner is not None:
+            assert isinstance(network, NestedUNet)
+            grow(network, inner)
+        network = network.to(self.place.device)
+        return new_state(network, weight_decay=self.stage.weight_decay, ema_length=self.stage.ema_length)
+
+    def _distributed(self, network: UNet) -> nn.Module:
+        if self.place.workers == 1:
+            return network
+        return DistributedDataParallel(network, device_ids=[self.place.device] if self.place.device.index else None)
+
+    def _batches(self) -> Any:
+        reader = BatchReader(
+            self.table,
+            self.store,
+            resolutions=self.networks.resolutions,
+            seed=self.config.seed,
+            stage=self.index,
+            num_timesteps=self.config.model.num_timesteps,
+            max_tokens=self.config.text.max_tokens,
+            drop_prob=self.config.text.drop_prob,
+            flip=self.config.data.flip,
+            shuffle_shards=self.config.data.shuffle_shards,
+        )
+        return reader.steps(
+            self.state.step,
+            global_batch_size=self.stage.global_batch_size,
+            rank=self.place.rank,
+            workers=self.place.workers,
+        )
+
+    def _learning_rate(self) -> float:
+        stage = self.stage
+        return learning_rate(
+            self.images_seen,
+            peak=stage.lr,
+            warmup_images=stage.warmup_images,
+            total_images=stage.num_steps * stage.global_batch_size,
+            decay=stage.decay,
+        )
+
+    def _checkpoint_is_due(self) -> bool:
+        every, batch = self.config.checkpoint.every_images, self.stage.global_batch_size
+        return self.images_seen // every > (self.images_seen - batch) // every
+
+    def _report(self, window: "LossWindow", lr: float) -> None:
+        by_resolution, grad_norm, steps, seconds = window.take()
+        loss = sum(by_resolution)
+        self.metrics.setdefault("loss_first", loss)
+        self.metrics["loss_last"] = loss
+        self.metrics["seconds"] = self.metrics.get("seconds", 0.0) + seconds
+        self.metrics["images_per_s"] = self.images_seen / self.metrics["seconds"]
+        if self.place.rank == 0:
+            shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+            shown["images_per_s"] = steps * self.stage.global_batch_size / seconds
+            sides = self.networks.resolutions
+            shown |= {f"loss_{side}": value for side, value in zip(sides, by_resolution, strict=True)}
+            self.post({"stage": self.index, "images": self.images_seen, "metrics": shown})
+
+    def _save(self, done: bool) -> None:
+        if self.place.rank != 0:
+            return
+        checkpoint = save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
+        prune_checkpoints(self.config.checkpoint.uri, stage=self.index, keep=self.config.checkpoint.keep)
+        event: dict[str, Any] = {"stage": self.index, "images": self.images_seen, "checkpoint": checkpoint.uri}
+        if self.context.preview_text is not None:
+            event["pictures"] = self._preview(*self.context.preview_text)
+        self.post(event)
+
+    def _manifest(self, done: bool) -> Manifest:
+        before = sum(s.num_steps * s.global_batch_size for s in self.config.stages[: self.index])
+        return Manifest(
+            stage=self.index,
+            images_seen=self.images_seen,
+            total_images_seen=before + self.images_seen,
+            stage_done=done,
+            network=self.networks.to_dict(),
+            schedule=self.config.model.schedule_arguments(),
+            config=self.config.model_dump(mode="json"),
+            table_uri=self.table.uri,
+            table_version=self.table.version,
+            text_encoder=self.config.text.encoder,
+            max_tokens=self.config.text.max_tokens,
+            run_id=self.context.run_id,
+            code_version=version("mdm"),
+            metrics=self.metrics,
+        )
+
+    def _preview(self, text_emb: Tensor, text_mask: Tensor) -> dict[int, Any]:
+        """Pictures of the preview captions from the averaged weights, (B, r, r, 3) by resolution."""
+        network = build_network(self.networks)
+        network.load_state_dict(self.state.ema.state_dict())
+        network = network.to(self.place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        levels = Generator(network, self.schedule).generate_from_text(
+            text_emb,
+            text_mask,
+            noise_ids=range(len(text_emb)),
+            seed=self.config.seed,
+            guidance_scale=self.config.preview.guidance_scale,
+            num_inference_steps=self.config.preview.num_inference_steps,
+        )
+        return dict(zip(self.networks.resolutions, levels, strict=True))
+
+
+class LossWindow:
+    """Losses and gradient norms since the last report, kept on the device until they are taken."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._clear()
+
+    def add(self, rows: Tensor, grad_norm: Tensor) -> None:
+        """Takes in the (R, B) losses of one step and its gradient norm."""
+        self._sums.append(torch.cat([rows.mean(dim=1), grad_norm[None]]))
+
+    def take(self) -> tuple[list[float], float, int, float]:
+        """Mean loss of each resolution over all workers, mean gradient norm, steps, seconds; then begins anew."""
+        means = torch.stack(self._sums).mean(dim=0)
+        if self._place.workers > 1:
+            torch.distributed.all_reduce(means)
+            means /= self._place.workers
+        *by_resolution, grad_norm = means.tolist()
+        steps, seconds = len(self._sums), time.monotonic() - self._began_s
+        self._clear()
+        return by_resolution, grad_norm, steps, seconds
+
+    def _clear(self) -> None:
+        self._sums: list[Tensor] = []
+        self._began_s = time.monotonic()

@@ -1,0 +1,119 @@
+"""One optimizer step, and the stage's state between steps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mdm_core.ema import PowerEma
+from mdm_core.errors import WorkError
+from mdm_core.loss import LossWeighting, matryoshka_loss
+from mdm_core.parameterization import add_noise, v_target
+from mdm_core.pyramid import build_pyramid
+from mdm_core.unet import UNet
+from pipelines.train.batches import Batch
+
+
+def learning_rate(images_seen: int, *, peak: float, warmup_images: int, total_images: int, decay: str) -> float:
+    """The learning rate of the step that begins after `images_seen` images of the stage."""
+    rise = min(1.0, (images_seen + 1) / warmup_images) if warmup_images else 1.0
+    fall = 1 - images_seen / total_images if decay == "linear" else 1.0
+    return peak * rise * fall
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint of a stage holds."""
+
+    network: UNet
+    ema: PowerEma
+    optimizer: torch.optim.AdamW
+    step: int = 0
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The files of a checkpoint, by name."""
+        return {
+            "weights": dict(self.network.state_dict()),
+            "ema": self.ema.state_dict(),
+            "optimizer": _optimizer_tensors(self.network, self.optimizer),
+        }
+
+    def load(
+        self, *, weights: dict[str, Tensor], ema: dict[str, Tensor], optimizer: dict[str, Tensor], step: int
+    ) -> None:
+        """Takes back what `tensors` gave."""
+        self.network.load_state_dict(weights)
+        self.ema.load_state_dict(ema)
+        _load_optimizer_tensors(self.network, self.optimizer, optimizer)
+        self.step = step
+
+
+def new_state(network: UNet, *, weight_decay: float, ema_length: float) -> TrainState:
+    """The state before the first step; the networks' convolutions run in channels-last order."""
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    return TrainState(network, PowerEma(network, relative_length=ema_length), optimizer)
+
+
+def losses(
+    network: nn.Module,
+    batch: Batch,
+    *,
+    alpha_bars: Tensor,
+    resolutions: tuple[int, ...],
+    resolution_weights: tuple[float, ...],
+    weighting: LossWeighting,
+) -> Tensor:
+    """(R, B): the weighted loss of each resolution and row of a batch.
+
+    Args:
+        network: Predicts v; plain, or wrapped for several workers.
+        batch: The worker's share of the step.
+        alpha_bars: (R, N + 1), as `NoiseSchedule.alpha_bars` gives them.
+        resolutions: Sides in pixels, finest first.
+        resolution_weights: One a resolution.
+        weighting: See `matryoshka_loss`.
+    """
+    x0 = build_pyramid(batch.x0.float() / 127.5 - 1, resolutions)
+    signals = [row[batch.timestep + 1][:, None, None, None] for row in alpha_bars]
+    triples = list(zip(x0, batch.noise, signals, strict=True))
+    x_t = [add_noise(x, eps, s).contiguous(memory_format=torch.channels_last) for x, eps, s in triples]
+    v_hat = network(x_t, batch.timestep, batch.text_emb, batch.text_mask)
+    v = [v_target(x, eps, s) for x, eps, s in triples]
+    return matryoshka_loss(v, v_hat, signals, resolution_weights=resolution_weights, weighting=weighting)
+
+
+def optimizer_step(state: TrainState, *, lr: float, max_grad_norm: float) -> Tensor:
+    """Applies the gradients that are there; returns their norm before clipping, as a tensor on the device.
+
+    Raises:
+        WorkError: A gradient is not finite. Gradients are averaged over the workers before, so all of them raise.
+    """
+    norm = nn.utils.clip_grad_norm_(state.network.parameters(), max_grad_norm)
+    if not torch.isfinite(norm):
+        raise WorkError(
+            f"the gradients of step {state.step} are not finite (norm {norm.item()}); "
+            "lower the stage's lr, or look at the rows of that step"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.ema.update(state.network, state.step)
+    return norm
+
+
+def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+def _load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in network.named_parameters():
+        optimizer.state[parameter] = {
+            key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+        }

@@ -1,0 +1,46 @@
+"""What each Ray Train worker runs: the stages that are left."""
+
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from mdm_core.errors import MdmError
+from pipelines.train.checkpoint import latest_checkpoint
+from pipelines.train.stage import Place, Post, RunContext, StageRun
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """Trains every stage that is left, from the newest checkpoint on.
+
+    Args:
+        arguments: `context`, a `RunContext`, and `board`, the actor that takes what the driver shows and logs.
+    """
+    context: RunContext = arguments["context"]
+    scaling = context.config.scaling
+    torch.set_num_threads(scaling.cpus_per_worker)
+    ranks = ray.train.get_context()
+    device = ray.train.torch.get_device() if scaling.gpus_per_worker else torch.device("cpu")
+    place = Place(ranks.get_world_rank(), ranks.get_world_size(), device)
+    board = arguments["board"]
+    try:
+        train_stages(context, place=place, post=lambda event: board.put.remote(event))
+    except MdmError as error:
+        ray.get(board.put.remote({"error": str(error)}))
+        raise
+
+
+def train_stages(context: RunContext, *, place: Place, post: Post) -> None:
+    """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
+    start = latest_checkpoint(context.config.checkpoint.uri)
+    first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
+    inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
+    for index in range(first, len(context.config.stages)):
+        stage = StageRun(context, index, place=place, post=post)
+        if start is not None and start.manifest.stage == index:
+            stage.resume(start)
+        elif inner is not None:
+            stage.grow_from(inner)
+        inner = stage.run()
