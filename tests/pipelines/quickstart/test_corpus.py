@@ -32,7 +32,7 @@ def get(url: str, *, max_bytes: int = -1) -> tuple[int, str, bytes]:
     """Returns status, content type and body, through the standard library's own client."""
     parts = urlsplit(url)
     assert ipaddress.ip_address(str(parts.hostname)) == ipaddress.ip_address("127.0.0.1")
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=5)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=5)
     connection.request("GET", parts.path)
     response = connection.getresponse()
     body = response.read() if max_bytes < 0 else response.read(max_bytes)
