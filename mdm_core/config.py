@@ -136,6 +136,9 @@ class MatryoshkaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "MatryoshkaConfig":
         """The configuration that `to_dict` wrote."""
         networks: Sequence[Mapping[str, Any]] = values["networks"]
-        return cls(
-            tuple(UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in n.items()}) for n in networks)
-        )
+        return cls(tuple(UNetConfig(**_with_tuples(network)) for network in networks))
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows only lists; a frozen configuration holds tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -120,6 +120,7 @@ class Level(nn.Module):
         self, blocks: list[ResidualBlock], attention: list[AttentionBlock], resample: nn.Conv2d | None
     ) -> None:
         super().__init__()
+        self.num_blocks = len(blocks)
         self.resnets = nn.ModuleList(blocks)
         self.attn = nn.ModuleList(attention)
         self.resample = resample

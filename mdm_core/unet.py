@@ -4,7 +4,9 @@ Legend: B batch, C channels, H W height and width, L text tokens, D width of the
 embedding.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -118,15 +120,15 @@ class UNet(nn.Module):
             value = (
                 torch.full_like(timestep, largest, dtype=torch.float32) if scale is None else scale.clamp(max=largest)
             )
-            first, second = self.cond_layers["scale"]  # type: ignore[misc]
+            first, second = cast("nn.ModuleList", self.cond_layers["scale"])
             emb = emb + second(F.silu(first(sinusoid(value, width).to(dtype))))
         return emb
 
     def down(self, h: Tensor, condition: Conditioning) -> tuple[Tensor, list[Tensor]]:
         """The way down: the lowest feature map, and the skips for the way up, in order."""
         skips = [h]
-        for level in self.down_blocks:
-            for index in range(len(level.resnets)):
+        for level in _levels(self.down_blocks):
+            for index in range(level.num_blocks):
                 h = level.block(index, h, condition.time_emb, condition.text, condition.text_mask)
                 skips.append(h)
             if level.resample is not None:
@@ -136,14 +138,14 @@ class UNet(nn.Module):
 
     def mid(self, h: Tensor, condition: Conditioning) -> Tensor:
         """The middle blocks, where there are any."""
-        for level in self.mid_blocks:
+        for level in _levels(self.mid_blocks):
             h = level.block(0, h, condition.time_emb, condition.text, condition.text_mask)
         return h
 
     def up(self, h: Tensor, skips: list[Tensor], condition: Conditioning) -> Tensor:
         """The way up, which consumes the skips: the last feature map at full resolution."""
-        for level in self.up_blocks:
-            for index in range(len(level.resnets)):
+        for level in _levels(self.up_blocks):
+            for index in range(level.num_blocks):
                 h = torch.cat([h, skips.pop()], dim=1)
                 h = level.block(index, h, condition.time_emb, condition.text, condition.text_mask)
             if level.resample is not None:
@@ -222,3 +224,7 @@ class UNet(nn.Module):
             num_groups=config.num_groups,
             ffn=config.attention_ffn,
         )
+
+
+def _levels(blocks: nn.ModuleList) -> Iterable[Level]:
+    return cast("Iterable[Level]", blocks)

@@ -87,8 +87,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        tensors = (t.to(device) for t in (self.x0, self.text_emb, self.text_mask, self.timestep))
-        return Batch(*tensors, noise=[n.to(device) for n in self.noise], ids=self.ids)
+        return Batch(
+            x0=self.x0.to(device),
+            text_emb=self.text_emb.to(device),
+            text_mask=self.text_mask.to(device),
+            timestep=self.timestep.to(device),
+            noise=[level.to(device) for level in self.noise],
+            ids=self.ids,
+        )
 
 
 @dataclass(frozen=True)

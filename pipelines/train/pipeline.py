@@ -113,7 +113,7 @@ def _encode_preview(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor] | 
 
 def _fit(context: RunContext, run: Run, start: Checkpoint | None) -> None:
     config = context.config
-    board = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = ray.remote(Board).options(num_cpus=0).remote()
     seen = 0 if start is None else start.manifest.total_images_seen
     resources = {"CPU": float(config.scaling.cpus_per_worker), "GPU": float(config.scaling.gpus_per_worker)}
     trainer = TorchTrainer(

@@ -101,7 +101,7 @@ class StageRun:
                     resolution_weights=weights,
                     weighting=stage.loss_weighting,
                 )
-            rows.sum(dim=0).mean().backward()  # type: ignore[no-untyped-call]
+            rows.sum(dim=0).mean().backward()
             window.add(rows.detach(), optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm))
             done = state.step == stage.num_steps
             if done or state.step % self.config.log_every_steps == 0:

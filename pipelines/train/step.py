@@ -50,7 +50,7 @@ class TrainState:
 
 def new_state(network: UNet, *, weight_decay: float, ema_length: float) -> TrainState:
     """The state before the first step; the networks' convolutions run in channels-last order."""
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     return TrainState(network, PowerEma(network, relative_length=ema_length), optimizer)
 

@@ -55,7 +55,7 @@ def errors(solver: Solver, steps: int) -> list[float]:
 def test_samplers_converge_to_the_exact_end_of_the_ode(solver: Solver) -> None:
     for few, many in zip(errors(solver, 20), errors(solver, 160), strict=True):
         assert many < few / 4
-        assert many < 0.02 * DEVIATION
+        assert many < 0.03 * DEVIATION
 
 
 def test_halving_the_steps_costs_the_second_order_sampler_four_times_the_error() -> None:
