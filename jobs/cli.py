@@ -1,0 +1,167 @@
+"""What all commands share: their names, how their result is printed, and what their exit codes mean.
+
+0    done
+1    the work failed
+2    bad configuration or input
+130  interrupted; the same command goes on from there
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from mdm_core.errors import ConfigError, MdmError
+
+if TYPE_CHECKING:
+    from pipelines.run_config import Config
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+COMMANDS: dict[str, dict[str, str]] = {
+    "Start here": {
+        "quickstart": "Run the whole pipeline on real captioned pictures, on this machine alone.",
+    },
+    "Data": {
+        "refresh": "Bring a table of pictures up to date with a list of links.",
+        "stats": "Show what a table holds: outcomes, reasons, sizes.",
+        "embed": "Encode the captions of a table, beside its pictures.",
+    },
+    "Model": {
+        "train": "Train a Matryoshka Diffusion Model, stage by stage.",
+        "evaluate": "Score a checkpoint against the pictures of a table.",
+        "sample": "Make pictures from captions.",
+    },
+    "Configuration": {
+        "check": "Validate configuration files.",
+    },
+}
+"""One line for every command, in groups, in the order of the pipeline."""
+
+
+class Report(Protocol):
+    """What a pipeline returns."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values."""
+
+
+def run_job(
+    command: str,
+    argv: Sequence[str] | None,
+    config_class: type[ConfigT],
+    work: Callable[[ConfigT], Report | dict[str, Any]],
+    *,
+    positional: str | None = None,
+    show_config: bool = True,
+) -> int:
+    """Runs a command and returns its exit code.
+
+    Nothing but the result goes to stdout: as YAML, or with `--json` as one JSON object on the last line.
+
+    Args:
+        command: The command's name.
+        argv: The words after it; those of this process when None.
+        config_class: The command's configuration.
+        work: The pipeline.
+        positional: A field of the configuration whose value may stand ahead of the flags, without a name.
+        show_config: Whether the configuration in full is printed first.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def whole() -> dict[str, Any]:
+        # pydantic and tyro take a third of a second that `mdm --help` need not wait for.
+        from pipelines.run_config import dump_config, load_config
+
+        flags = _named([word for word in words if word != "--json"], positional)
+        config = load_config(config_class, flags, prog=f"mdm {command}", description=_summary(command))
+        if show_config:
+            print(f"# mdm {command}, the configuration in full:\n{dump_config(config)}", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            report = work(config)
+        return report if isinstance(report, dict) else report.as_dict()
+
+    return guarded(f"mdm {command}", whole, as_json="--json" in words)
+
+
+def guarded(prog: str, whole: Callable[[], dict[str, Any]], *, as_json: bool) -> int:
+    """Calls `whole`, prints its result or its error, and returns the exit code for it."""
+    try:
+        with _terminated_like_ctrl_c():
+            result, code = whole(), DONE
+    except ConfigError as error:
+        result, code = _failure(prog, _message(error)), BAD_INPUT
+    except MdmError as error:
+        result, code = _failure(prog, _message(error)), FAILED
+    except KeyboardInterrupt:
+        result, code = _failure(prog, "interrupted; the same command goes on from here"), INTERRUPTED
+    except Exception as error:
+        # A fault of this project: the traceback says where.
+        traceback.print_exc()
+        result, code = {"error": f"{type(error).__name__}: {error}"}, FAILED
+    with contextlib.suppress(BrokenPipeError):
+        _print_result(result, code, as_json=as_json)
+    return code
+
+
+def _named(words: list[str], positional: str | None) -> list[str]:
+    """The words with those ahead of the first flag named as the value of `positional`."""
+    ahead = 0
+    while ahead < len(words) and not words[ahead].startswith("-"):
+        ahead += 1
+    if positional is None or ahead == 0:
+        return words
+    value = words[0] if ahead == 1 else json.dumps(words[:ahead])
+    return [f"--{positional}", value, *words[ahead:]]
+
+
+def _summary(command: str) -> str:
+    return next(group[command] for group in COMMANDS.values() if command in group)
+
+
+def _failure(prog: str, message: str) -> dict[str, Any]:
+    lines = message.splitlines()
+    if len(lines) > 1:
+        lines = [f"{len(lines)} problems", *(f"  {line}" for line in lines)]
+    print(f"{prog}:", "\n".join(lines), file=sys.stderr, flush=True)
+    return {"error": message}
+
+
+def _message(error: MdmError) -> str:
+    # Raised in a Ray task, the error comes back wrapped, its text a traceback; the cause has the message.
+    cause = getattr(error, "cause", None)
+    return str(cause if isinstance(cause, MdmError) else error)
+
+
+def _print_result(result: dict[str, Any], code: int, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result if code == DONE else {**result, "exit_code": code}), flush=True)
+    elif code == DONE:
+        from pipelines.strict_yaml import dump_document
+
+        print(dump_document(result), end="", flush=True)
+
+
+@contextlib.contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Lets SIGTERM, which a scheduler sends ahead of SIGKILL, end the work as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        # Only the main thread may set it.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,29 @@
+"""`mdm refresh`: brings a table of pictures up to date with a list of links."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jobs.cli import run_job
+from pipelines.data.config import RefreshConfig
+
+if TYPE_CHECKING:
+    from pipelines.data.pipeline import RefreshReport
+
+CONFIG = RefreshConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_job("refresh", argv, CONFIG, _run)
+
+
+def _run(config: RefreshConfig) -> "RefreshReport":
+    # Imported once the configuration is known to be right: Ray alone takes a second.
+    from pipelines.data.pipeline import refresh
+
+    return refresh(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

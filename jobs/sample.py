@@ -1,0 +1,30 @@
+"""`mdm sample`: makes pictures from captions."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipelines.sample.config import SampleConfig
+
+from jobs.cli import run_job
+
+if TYPE_CHECKING:
+    from pipelines.sample.pipeline import SampleReport
+
+CONFIG = SampleConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_job("sample", argv, CONFIG, _run)
+
+
+def _run(config: SampleConfig) -> "SampleReport":
+    # Imported once the configuration is known to be right: Ray alone takes a second.
+    from pipelines.sample.pipeline import sample
+
+    return sample(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
