@@ -10,6 +10,8 @@ from mdm_core.errors import ConfigError
 # A Ray Data pipeline holds one CPU for its actors and one for a task, so a machine with one core takes turns.
 _MIN_LOCAL_CPUS = 2
 
+_connected = False
+
 
 def connect(min_cpus: int = 1) -> None:
     """Joins the cluster at `RAY_ADDRESS`, or starts Ray on this machine; does nothing if already connected.
@@ -24,13 +26,13 @@ def connect(min_cpus: int = 1) -> None:
     # Read by Ray when it starts, and by the processes that it starts: a default here never overrides the operator's.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    started_here = not ray.is_initialized()
-    if started_here:
+    global _connected
+    if not ray.is_initialized():
         _start()
+        _connected = True
     has_cpus = int(ray.cluster_resources().get("CPU", 0))
     if has_cpus < min_cpus:
-        if started_here:
-            disconnect()
+        disconnect()
         raise ConfigError(
             f"this work needs {min_cpus} CPUs at once, but the Ray cluster has {has_cpus}; "
             "ask for fewer workers, or set RAY_ADDRESS to a larger cluster"
@@ -38,8 +40,11 @@ def connect(min_cpus: int = 1) -> None:
 
 
 def disconnect() -> None:
-    """Leaves the cluster, and ends it if `connect` started it."""
-    ray.shutdown()
+    """Leaves the cluster that `connect` joined, or ends it if it was started; one joined before stays."""
+    global _connected
+    if _connected:
+        ray.shutdown()
+    _connected = False
 
 
 def _start() -> None:

@@ -1,0 +1,31 @@
+"""What all tests share: one Ray cluster, and no thread or home of the person who runs them touched."""
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything imports them: no statistics are sent, and two cores are not shared by many threads.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# A cluster on the developer's machine is never joined.
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray cluster for the whole session, with four CPUs to count on whatever the machine has."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=256 * 1024**2,
+        logging_level=logging.WARNING,
+    )
+    yield
+    ray.shutdown()
