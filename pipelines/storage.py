@@ -162,12 +162,12 @@ def _write_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, as a rename is atomic only inside one filesystem.
     with _unlinked_on_error(path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")) as temporary:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             # Without it a machine that loses power may keep the name and lose the content.
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
 
 
 @contextlib.contextmanager

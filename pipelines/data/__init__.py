@@ -1,0 +1,1 @@
+"""From lists of links to a table of pictures with captions."""

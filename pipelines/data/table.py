@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from mdm_core.errors import ConfigError
+from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
 
 OUTCOMES = ("ok", "filtered", "failed")
@@ -38,6 +38,9 @@ SCHEMA = pa.schema(
         pa.field("clip_similarity", pa.float32()),
     ]
 )
+
+# Null in rows without a picture; the sizes and the hash of what was fetched stay.
+IMAGE_COLUMNS = ("image", "format", "width", "height", "phash", "clip_similarity")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,26 @@ class SampleTable:
         if "outcome" in names:
             rows = rows.append_column(SCHEMA.field("outcome"), pa.repeat(pa.scalar(shard.outcome), shard.num_rows))
         return rows.select(names)
+
+
+def create_table(uri: str) -> None:
+    """Makes an empty table at `uri`, if there is none.
+
+    Raises:
+        WorkError: It can't be written there.
+    """
+    try:
+        DeltaTable.create(
+            uri,
+            SCHEMA,
+            mode="ignore",
+            partition_by=["outcome"],
+            # A version is what a model was trained on, so the log that leads to it is kept.
+            configuration={"delta.logRetentionDuration": "interval 36500 days"},
+            storage_options=storage.delta_options(uri),
+        )
+    except (DeltaError, OSError) as error:
+        raise WorkError(f"could not make a table at {uri}: {error}") from error
 
 
 def table_stats(uri: str) -> dict[str, Any]:

@@ -1,0 +1,222 @@
+"""Refresh: brings a sample table up to date with a list of links.
+
+    list ──plan──▶ chunks of rows to do ──workers: fetch, decode, write──▶ shards ──driver──▶ commits
+
+The table is the checkpoint. Killed at any point, the next refresh does what was not committed.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from mdm_core.errors import MdmError, WorkError
+from pipelines import cluster, storage
+from pipelines.data.commit import Tally, commit
+from pipelines.data.config import RefreshConfig
+from pipelines.data.ledger import Ledger
+from pipelines.data.plan import Plan, iter_chunks, make_plan
+from pipelines.data.shards import WrittenShard, shards_from_table
+from pipelines.data.sweep import sweep
+from pipelines.data.table import OUTCOMES
+from pipelines.data.worker import RefreshWorker
+from pipelines.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+# Together one CPU: the reader of the list idles most of the time, and a machine may have one CPU only.
+_READER_CPUS = 0.1
+_WORKER_CPUS = 0.9
+_CHUNKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What became of every row of a list; ok, filtered and failed are this run's work."""
+
+    links: int
+    ok: int
+    filtered: int
+    failed: int
+    duplicate: int
+    malformed: int
+    unchanged: int
+    reasons: dict[str, int]
+    table_version: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report as it is written to JSON."""
+        return dataclasses.asdict(self)
+
+
+def refresh(config: RefreshConfig) -> RefreshReport:
+    """Returns what became of every row of the list, all of it committed to the table.
+
+    Raises:
+        ConfigError: The list or the table can't be read, or the cluster is too small.
+        WorkError: The table can't be written, or rows went missing.
+    """
+    ledger = Ledger(config.table.uri, now_s=time.time(), retry_failed=config.run.retry_failed)
+    source = config.source.model_copy(update={"uri": storage.absolute(config.source.uri)})
+    plan = make_plan(source, ledger, config.run.limit)
+    for row in plan.faults:
+        logger.warning("%s line %d is malformed: %s", source.uri, row.line, row.fault)
+    ledger.create_table()
+    tally = _run(config, plan, ledger) if plan.num_todo else Tally()
+    return _report(plan, tally, ledger)
+
+
+def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
+    cluster.connect()
+    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    num_chunks = math.ceil(plan.num_todo / config.run.shard_rows)
+    num_workers = num_cpus if config.run.workers == "auto" else config.run.workers
+    num_workers = min(num_workers, num_chunks)
+    cluster.connect(min_cpus=math.ceil(num_workers * _WORKER_CPUS + _READER_CPUS))
+    sweep(ledger.uri, now_s=time.time())
+    tally = Tally()
+    waiting: list[WrittenShard] = []
+
+    def commit_waiting() -> None:
+        tally.update(commit(ledger, waiting, exact_duplicates=config.filters.exact_duplicates))
+        waiting.clear()
+
+    seen = Counter(dict.fromkeys(OUTCOMES, 0))
+    try:
+        with Progress("refresh", total=plan.num_todo, unit="links") as progress, _quiet_context():
+            committed_s = time.monotonic()
+            for shards in _written(_dataset(config, plan, ledger, num_workers)):
+                waiting.extend(shards)
+                if time.monotonic() - committed_s >= config.run.commit_every_s:
+                    commit_waiting()
+                    committed_s = time.monotonic()
+                for shard in shards:
+                    seen[shard.outcome] += shard.num_rows
+                progress.advance(sum(shard.num_rows for shard in shards), **seen)
+    except KeyboardInterrupt:
+        commit_waiting()
+        raise
+    commit_waiting()
+    return tally
+
+
+@contextlib.contextmanager
+def _quiet_context() -> Iterator[None]:
+    """Ray Data's settings for this pipeline: a chunk stays one block, in order, and progress is told once."""
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = None
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    logs = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {log: log.level for log in logs}
+    for log, level in logs.items():
+        log.setLevel(level)
+    try:
+        with ray.data.DataContext.current(context), warnings.catch_warnings():
+            # It takes the one task that reads the list for the only input.
+            warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+            yield
+    finally:
+        for log, level in before.items():
+            log.setLevel(level)
+
+
+def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int) -> ray.data.Dataset:
+    chunks = ray.data.read_datasource(
+        _ListSource(plan, config.run.shard_rows), override_num_blocks=1, num_cpus=_READER_CPUS
+    )
+    return chunks.map_batches(
+        RefreshWorker,
+        fn_constructor_kwargs={
+            "config": config,
+            "table_uri": ledger.uri,
+            "source_name": config.source.name or PurePosixPath(config.source.uri).name,
+            "stem_prefix": f"{ledger.version + 1:08d}",
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=_WORKER_CPUS,
+        compute=ray.data.ActorPoolStrategy(
+            size=num_workers, max_concurrent_calls_per_actor=_CHUNKS_PER_WORKER, enable_true_multi_threading=True
+        ),
+    )
+
+
+def _written(dataset: ray.data.Dataset) -> Iterator[list[WrittenShard]]:
+    """Yields the shards of each chunk as they are written, in the order of the list."""
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield shards_from_table(batch)
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Returns the error that a worker raised for the user, out of what Ray has wrapped it in."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MdmError):
+            return type(found)(str(found.args[0]))
+        found = getattr(found, "cause", None) or found.__cause__
+    return error
+
+
+class _ListSource(Datasource):
+    """Streams the rows to do out of a list, a block a chunk."""
+
+    def __init__(self, plan: Plan, chunk_rows: int) -> None:
+        super().__init__()
+        self._plan = plan
+        self._chunk_rows = chunk_rows
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Returns nothing: it is streamed, so no size is worth planning for."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Returns the one task that reads the list."""
+        plan, chunk_rows = self._plan, self._chunk_rows
+
+        def read() -> Iterable[pa.Table]:
+            return iter_chunks(plan, chunk_rows)
+
+        metadata = BlockMetadata(num_rows=plan.num_todo, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(read, metadata)]
+
+
+def _report(plan: Plan, tally: Tally, ledger: Ledger) -> RefreshReport:
+    malformed = plan.malformed.total()
+    accounted = tally.total + plan.duplicate + plan.unchanged + malformed
+    if accounted != plan.links:
+        raise WorkError(
+            f"{plan.links:,} links were read and {accounted:,} accounted for; the table is whole, but this is a fault "
+            "of the refresh: run it again, and report it"
+        )
+    ledger.catch_up()
+    return RefreshReport(
+        links=plan.links,
+        ok=tally.outcomes["ok"],
+        filtered=tally.outcomes["filtered"],
+        failed=tally.outcomes["failed"],
+        duplicate=plan.duplicate,
+        malformed=malformed,
+        unchanged=plan.unchanged + tally.outcomes["unchanged"],
+        reasons=dict((tally.reasons + plan.malformed).most_common()),
+        table_version=ledger.version,
+    )
