@@ -90,6 +90,8 @@ def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
     waiting: list[WrittenShard] = []
 
     def commit_waiting() -> None:
+        if not waiting:
+            return
         tally.update(commit(ledger, waiting, exact_duplicates=config.filters.exact_duplicates))
         waiting.clear()
 
