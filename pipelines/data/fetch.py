@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import email.utils
 import random
+import socket
 import ssl
 import time
 import zlib
@@ -182,6 +183,9 @@ def _parse(url: str) -> URL:
     parsed = URL(url, encoded=sendable)
     if parsed.scheme not in ("http", "https") or not parsed.raw_host:
         raise ValueError(f"{url!r} is not an http(s) link")
+    with contextlib.suppress(OSError):
+        # Numbers for an address, in any base and grouping, mean what they mean to a browser.
+        parsed = parsed.with_host(socket.inet_ntoa(socket.inet_aton(parsed.raw_host)))
     return parsed
 
 
