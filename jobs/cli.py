@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
+_INTERRUPTED = "interrupted; the same command goes on from here"
+
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 COMMANDS: dict[str, dict[str, str]] = {
@@ -100,7 +102,12 @@ def guarded(prog: str, whole: Callable[[], dict[str, Any]], *, as_json: bool) ->
     except MdmError as error:
         result, code = _failure(prog, _message(error)), FAILED
     except KeyboardInterrupt:
-        result, code = _failure(prog, "interrupted; the same command goes on from here"), INTERRUPTED
+        result, code = _failure(prog, _INTERRUPTED), INTERRUPTED
+    except SystemExit as stop:
+        # Ray puts its own handler in the place of ours, which leaves with the signal's number.
+        if stop.code != signal.SIGTERM:
+            raise
+        result, code = _failure(prog, _INTERRUPTED), INTERRUPTED
     except Exception as error:
         # A fault of this project: the traceback says where.
         traceback.print_exc()
