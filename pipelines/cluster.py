@@ -1,7 +1,9 @@
 """The Ray cluster that a command runs on: the one it is given, or one inside this process's machine."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 import ray
 
@@ -45,6 +47,27 @@ def disconnect() -> None:
     if _connected:
         ray.shutdown()
     _connected = False
+
+
+@contextlib.contextmanager
+def data_context() -> Iterator[None]:
+    """Ray Data as every pipeline here uses it: blocks in order, and progress told once, by the pipeline."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _start() -> None:

@@ -4,8 +4,6 @@ Weights are read from this machine. Only a name that means the Hugging Face hub 
 name that is no folder) may be looked up there, and that too is turned off by `HF_HUB_OFFLINE=1`.
 """
 
-import hashlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,12 +84,6 @@ def load_text_encoder(name: str, *, max_tokens: int, device: str = "auto") -> Te
         case "open_clip" if source:
             return _load_open_clip(name, source, max_tokens, place)
     raise ConfigError(f"no text encoder is called {name!r}; use {_NAMES}")
-
-
-def encoder_slug(name: str) -> str:
-    """Returns `name` as a folder name: readable, and different for different names."""
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
-    return readable if readable == name else f"{readable[-60:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _minilm_folder() -> str:

@@ -27,15 +27,16 @@ _NUM_PICTURES = 1905
 TROUBLE = {"gone": 28, "page": 18, "pixel": 8, "cut": 14, "drip": 6, "duplicate": 16, "private": 6, "malformed": 4}
 """Lines of each kind of trouble in the whole corpus: one in twenty."""
 
+# What a refresh makes of each kind: an outcome, and the reason that it stores.
 _OUTCOMES = {
-    "gone": "failed",
-    "page": "failed",
-    "cut": "failed",
-    "drip": "failed",
-    "private": "failed",
-    "pixel": "filtered",
-    "duplicate": "duplicate",
-    "malformed": "malformed",
+    "gone": ("failed", "http_404"),
+    "page": ("failed", "not_an_image"),
+    "cut": ("failed", "truncated"),
+    "drip": ("failed", "deadline"),
+    "private": ("failed", "private_address"),
+    "pixel": ("filtered", "too_small"),
+    "duplicate": ("duplicate", None),
+    "malformed": ("malformed", None),
 }
 # Below the ports that Linux deals to outgoing connections: those that Ray opens could hold the port on the next run.
 _PORTS = range(20_000, 32_000)
@@ -51,7 +52,9 @@ class Corpus:
     port: int
     seed: int
     expected: dict[str, Any]
-    """What a refresh of the list has to count: links, ok, filtered, failed, duplicate, malformed, and `kinds`."""
+    """What a refresh of the list has to count: links, ok, filtered, failed, duplicate, malformed and `reasons`.
+
+    `kinds` has the lines by what the server does with them."""
 
     @property
     def links_path(self) -> Path:
@@ -211,10 +214,13 @@ def _links(pictures: list[_Picture], *, port: int, rng: random.Random) -> tuple[
 
 def _expected(num_pictures: int, kinds: Counter[str]) -> dict[str, Any]:
     outcomes = Counter({"ok": num_pictures})
-    for kind, outcome in _OUTCOMES.items():
+    reasons: Counter[str] = Counter()
+    for kind, (outcome, reason) in _OUTCOMES.items():
         outcomes[outcome] += kinds[kind]
+        if reason:
+            reasons[reason] += kinds[kind]
     counts = {name: outcomes[name] for name in ("ok", "filtered", "failed", "duplicate", "malformed")}
-    return {"links": kinds.total(), **counts, "kinds": dict(kinds)}
+    return {"links": kinds.total(), **counts, "reasons": dict(reasons), "kinds": dict(kinds)}
 
 
 def _free_port() -> int:

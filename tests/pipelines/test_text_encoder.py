@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.text_encoder import TextEncoder, encoder_slug, load_text_encoder
+from pipelines.text_encoder import TextEncoder, load_text_encoder
 
 CAPTIONS = ["a red fox asleep on a wooden bench by the river", "fox", "", "keycap 1", "São Tomé & Príncipe"]
 
@@ -198,11 +198,3 @@ def test_numbers_that_float16_does_not_hold_stop_the_work() -> None:
     )
     with pytest.raises(WorkError, match=r"loud gave an embedding that is not finite in float16 for 'fox'"):
         encoder.encode(["fox"])
-
-
-def test_slugs_are_folder_names_and_differ_where_names_do() -> None:
-    names = ["minilm", "open_clip:ViT-B-32/laion2b", "open_clip:ViT-B-32-laion2b", "t5:google/flan-t5-xl", "t5:/a/b"]
-    slugs = [encoder_slug(name) for name in names]
-    assert slugs[0] == "minilm"
-    assert len(set(slugs)) == len(names)
-    assert all("/" not in slug and ":" not in slug and not slug.startswith(("_", ".")) for slug in slugs)
