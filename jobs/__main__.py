@@ -6,14 +6,14 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import BAD_INPUT, COMMANDS, DONE, INTERRUPTED
+from jobs.cli import BAD_INPUT, COMMANDS, DONE, INTERRUPTED, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mdm COMMAND …` and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(help_text(), file=sys.stdout if words else sys.stderr)
+        say(help_text(), to=sys.stdout if words else sys.stderr)
         return DONE if words else BAD_INPUT
     if words[0] == "--version":
         print(f"mdm {importlib.metadata.version('mdm')}")

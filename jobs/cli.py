@@ -8,12 +8,13 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar, get_origin
 
 from mdm_core.errors import ConfigError, MdmError
 
@@ -81,7 +82,7 @@ def run_job(
         # pydantic and tyro take a third of a second that `mdm --help` need not wait for.
         from pipelines.run_config import dump_config, load_config
 
-        flags = _named([word for word in words if word != "--json"], positional)
+        flags = _named([word for word in words if word != "--json"], positional, config_class)
         config = load_config(config_class, flags, prog=f"mdm {command}", description=_summary(command))
         if show_config:
             print(f"# mdm {command}, the configuration in full:\n{dump_config(config)}", file=sys.stderr, flush=True)
@@ -112,20 +113,30 @@ def guarded(prog: str, whole: Callable[[], dict[str, Any]], *, as_json: bool) ->
         # A fault of this project: the traceback says where.
         traceback.print_exc()
         result, code = {"error": f"{type(error).__name__}: {error}"}, FAILED
-    with contextlib.suppress(BrokenPipeError):
-        _print_result(result, code, as_json=as_json)
+    _print_result(result, code, as_json=as_json)
     return code
 
 
-def _named(words: list[str], positional: str | None) -> list[str]:
+def say(text: str, *, to: TextIO | None = None) -> None:
+    """Prints a text, on stdout if `to` is None; a reader that has gone away, as in `mdm … | head`, is no fault."""
+    stream = to or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _named(words: list[str], positional: str | None, config_class: type["Config"]) -> list[str]:
     """The words with those ahead of the first flag named as the value of `positional`."""
     ahead = 0
     while ahead < len(words) and not words[ahead].startswith("-"):
         ahead += 1
     if positional is None or ahead == 0:
         return words
-    value = words[0] if ahead == 1 else json.dumps(words[:ahead])
-    return [f"--{positional}", value, *words[ahead:]]
+    takes_many = get_origin(config_class.model_fields[positional].annotation) is tuple
+    value = [json.dumps(words[:ahead])] if takes_many else words[:ahead]
+    return [f"--{positional}", *value, *words[ahead:]]
 
 
 def _summary(command: str) -> str:
@@ -148,11 +159,11 @@ def _message(error: MdmError) -> str:
 
 def _print_result(result: dict[str, Any], code: int, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result if code == DONE else {**result, "exit_code": code}), flush=True)
+        say(json.dumps(result if code == DONE else {**result, "exit_code": code}))
     elif code == DONE:
         from pipelines.strict_yaml import dump_document
 
-        print(dump_document(result), end="", flush=True)
+        say(dump_document(result).rstrip("\n"))
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.embed.config import EmbedConfig
-
 from jobs.cli import run_job
+from pipelines.embed.config import EmbedConfig
 
 if TYPE_CHECKING:
     from pipelines.embed.pipeline import EmbedReport

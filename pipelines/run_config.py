@@ -199,9 +199,9 @@ def _wanted(error: ErrorDetails) -> str:
     words = known.get(error["type"], said)
     context = error.get("ctx", {})
     if "ge" in context or "gt" in context:
-        words = f"{context['ge']} or more" if "ge" in context else f"more than {context['gt']}"
+        words = f"{_number(context['ge'])} or more" if "ge" in context else f"more than {_number(context['gt'])}"
     if "le" in context or "lt" in context:
-        words = f"{context['le']} or less" if "le" in context else f"less than {context['lt']}"
+        words = f"{_number(context['le'])} or less" if "le" in context else f"less than {_number(context['lt'])}"
     if error["type"] == "int_type" and isinstance(error["input"], float):
         words = "a whole number, without point or exponent"
     if error["type"] == "string_too_short":
@@ -235,7 +235,7 @@ def _field_at(cls: type[Config], path: Path) -> tuple[type[BaseModel] | None, Fi
         if model is None or part not in model.model_fields:
             return (model, None) if i == len(path) - 1 else (None, None)
         info = model.model_fields[part]
-        owner, model = model, section_class(info.annotation) or (item_class(info.annotation) and model)
+        owner, model = model, section_class(info.annotation)
         if i == len(path) - 1:
             return owner, info
     return model, None
@@ -248,7 +248,10 @@ def _suggestion(cls: type[Config], model: type[BaseModel] | None, path: Path) ->
     near = difflib.get_close_matches(key, here, n=1)
     if near:
         return f"did you mean {dotted((*prefix, near[0]))}?"
-    elsewhere = {name: dotted(p) for p in _all_paths(cls, ()) for name in (str(p[-1]), dotted(p))}
+    elsewhere: dict[str, str] = {}
+    for known in _all_paths(cls, ()):
+        elsewhere.setdefault(str(known[-1]), dotted(known))
+        elsewhere.setdefault(dotted(known), dotted(known))
     for word in (key, dotted(path)):
         matches = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8)
         if matches:
@@ -262,6 +265,10 @@ def _all_paths(model: type[BaseModel], at: Path) -> list[Path]:
         section = section_class(info.annotation)
         paths += _all_paths(section, (*at, name)) if section is not None else [(*at, name)]
     return paths
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else str(value)
 
 
 def _shown(value: object) -> str:

@@ -167,7 +167,7 @@ def trap(value: object) -> str:
             value.lower(), value.lower().replace("nan", ".nan").replace("inf", ".inf")
         )
         return f"{value} is text here; write {meant}"
-    if not isinstance(_scalar(value.strip()), str):
+    if value.strip() and not isinstance(_scalar(value.strip()), str):
         return f"{value!r} is quoted, so it is text; write it without the quotes"
     return ""
 
@@ -199,6 +199,7 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     misread = (
         text == "None"
+        or not text.isprintable()
         or not isinstance(_scalar(text), str)
         or _RESOLVER.resolve(yaml.ScalarNode, text, (True, False)) != _STR_TAG
     )
