@@ -83,7 +83,9 @@ def open_input(uri: str) -> pa.NativeFile:
         FileNotFoundError: There is none.
     """
     if _scheme(uri) == "file":
-        return pa.OSFile(str(_local_path(uri)), "rb")
+        # pyarrow's own error has neither a number nor a type that tells a missing file from a forbidden one.
+        with _local_path(uri).open("rb"):
+            return pa.OSFile(str(_local_path(uri)), "rb")
     filesystem, path = open_uri(uri)
     return pa.PythonFile(filesystem.open(path, "rb"), mode="r")
 

@@ -68,7 +68,7 @@ class KeySet:
 
     def add(self, keys: Keys) -> None:
         """Puts `keys` into the set."""
-        run = np.unique(keys)
+        run = np.unique(keys[~self.contains(keys)])
         while self._runs and len(self._runs[-1]) < 2 * len(run):
             run = np.union1d(self._runs.pop(), run)
         if len(run):

@@ -28,7 +28,7 @@ from pipelines.data.commit import Tally, commit
 from pipelines.data.config import RefreshConfig
 from pipelines.data.ledger import Ledger
 from pipelines.data.plan import Plan, iter_chunks, make_plan
-from pipelines.data.shards import WrittenShard, shards_from_table
+from pipelines.data.shards import WrittenShard, pack, shards_from_table, unpack
 from pipelines.data.sweep import sweep
 from pipelines.data.table import OUTCOMES
 from pipelines.data.worker import RefreshWorker
@@ -116,9 +116,10 @@ def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
 
 @contextlib.contextmanager
 def _quiet_context() -> Iterator[None]:
-    """Ray Data's settings for this pipeline: a chunk stays one block, in order, and progress is told once."""
+    """Ray Data's settings for this pipeline: chunks go on as soon as they are read, and progress is told once."""
     context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = None
+    # A block is given on when it is larger than this; a chunk is one row, and a row is never cut.
+    context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -149,7 +150,7 @@ def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int
             "source_name": config.source.name or PurePosixPath(config.source.uri).name,
             "stem_prefix": f"{ledger.version + 1:08d}",
         },
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
         num_cpus=_WORKER_CPUS,
         compute=ray.data.ActorPoolStrategy(
@@ -160,25 +161,12 @@ def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int
 
 def _written(dataset: ray.data.Dataset) -> Iterator[list[WrittenShard]]:
     """Yields the shards of each chunk as they are written, in the order of the list."""
-    try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield shards_from_table(batch)
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Returns the error that a worker raised for the user, out of what Ray has wrapped it in."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, MdmError):
-            return type(found)(str(found.args[0]))
-        found = getattr(found, "cause", None) or found.__cause__
-    return error
+    for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield shards_from_table(unpack(batch))
 
 
 class _ListSource(Datasource):
-    """Streams the rows to do out of a list, a block a chunk."""
+    """Streams the rows to do out of a list; a row of the dataset is a chunk of them."""
 
     def __init__(self, plan: Plan, chunk_rows: int) -> None:
         super().__init__()
@@ -196,7 +184,10 @@ class _ListSource(Datasource):
         plan, chunk_rows = self._plan, self._chunk_rows
 
         def read() -> Iterable[pa.Table]:
-            return iter_chunks(plan, chunk_rows)
+            try:
+                yield from map(pack, iter_chunks(plan, chunk_rows))
+            except MdmError as error:
+                yield pack(None, str(error))
 
         metadata = BlockMetadata(num_rows=plan.num_todo, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(read, metadata)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mdm_core.errors import WorkError
 from pipelines import storage
 from pipelines.data import keys
 from pipelines.data.table import SCHEMA, encode_shard
@@ -80,3 +81,26 @@ def shards_from_table(table: pa.Table) -> list[WrittenShard]:
     for row in rows:
         row["ids"], row["hashes"] = keys.from_bytes(row["ids"]), keys.from_bytes(row["hashes"])
     return [WrittenShard(**row) for row in rows]
+
+
+def pack(rows: pa.Table | None, error: str = "") -> pa.Table:
+    """Returns a table as one row, which Ray Data never cuts or joins to another; or an error in place of one."""
+    sink = pa.BufferOutputStream()
+    if rows is not None:
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+    return pa.table({"rows": [sink.getvalue().to_pybytes()], "error": [error]}, schema=_PACKED)
+
+
+def unpack(packed: pa.Table) -> pa.Table:
+    """Returns the table that `pack` made one row of.
+
+    Raises:
+        WorkError: It was an error.
+    """
+    if error := packed["error"][0].as_py():
+        raise WorkError(error)
+    return pa.ipc.open_stream(packed["rows"][0].as_buffer()).read_all()
+
+
+_PACKED = pa.schema([("rows", pa.large_binary()), ("error", pa.string())])

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import uvloop
 
+from mdm_core.errors import WorkError
 from pipelines.data.config import RefreshConfig
 from pipelines.data.decode import Picture, decode
 from pipelines.data.fetch import Failure, Fetcher
 from pipelines.data.filters import caption_reason
-from pipelines.data.shards import shards_to_table, write_shard
+from pipelines.data.shards import WrittenShard, pack, shards_to_table, unpack, write_shard
 from pipelines.data.table import OUTCOMES, SCHEMA
 
 _T = TypeVar("_T")
@@ -63,18 +64,20 @@ class RefreshWorker:
         threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
         self._fetcher = self._await(Fetcher(config.fetch).__aenter__())
 
-    def __call__(self, chunk: pa.Table) -> pa.Table:
-        """Returns one row about each file written for a chunk of links (see `shards_to_table`)."""
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        """Returns what `shards_to_table` tells of the files written for a chunk of links; both are packed."""
+        try:
+            return pack(shards_to_table(self._write(unpack(packed))))
+        except WorkError as error:
+            # As a value it arrives as it is; Ray would wrap an exception, and tell of it at length.
+            return pack(None, str(error))
+
+    def _write(self, chunk: pa.Table) -> list[WrittenShard]:
         results = self._await(self._fetch_all(chunk["url"].to_pylist(), chunk["caption"].to_pylist()))
         rows = self._rows(chunk, results)
         stem = f"{self._stem_prefix}-{chunk['chunk'][0].as_py():06d}"
-        outcomes = rows["outcome"]
-        shards = []
-        for outcome in OUTCOMES:
-            part = rows.filter(pc.equal(outcomes, outcome))
-            if part.num_rows:
-                shards.append(write_shard(self._table_uri, stem, outcome, part))
-        return shards_to_table(shards)
+        parts = {outcome: rows.filter(pc.equal(rows["outcome"], outcome)) for outcome in OUTCOMES}
+        return [write_shard(self._table_uri, stem, outcome, part) for outcome, part in parts.items() if part.num_rows]
 
     def __del__(self) -> None:
         # The only notice that Ray Data gives a worker before its process ends.

@@ -1,6 +1,7 @@
 """A web server on loopback that serves pictures and every kind of trouble, and remembers what it was asked for."""
 
 import asyncio
+import contextlib
 import gzip
 import io
 import threading
@@ -78,6 +79,9 @@ class PictureServer:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0.05))
         self._loop.close()
 
     def add_pictures(self, count: int) -> Iterator[str]:
@@ -117,7 +121,10 @@ class PictureServer:
         self.hosts.append(request.transport.get_extra_info("sockname")[0])
         await asyncio.sleep(self.delay_s)
         if trouble := self._troubles.get(request.path):
-            return await trouble(request)
+            # Clients are expected to leave.
+            with contextlib.suppress(ConnectionError):
+                return await trouble(request)
+            return web.Response()
         if request.path.startswith("/busy/") and request.path not in self.busy_once:
             self.busy_once.add(request.path)
             return web.Response(status=429, headers={"Retry-After": "0"})

@@ -1,0 +1,93 @@
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdm_core.errors import ConfigError, WorkError
+from pipelines import storage
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_bytes_come_back_as_they_were_written(tmp_path: Path, prefix: str) -> None:
+    uri = storage.join(prefix + str(tmp_path), "a", "b", "file.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes_atomic(uri, b"one")
+    storage.write_bytes_atomic(uri, b"two")
+    assert storage.read_bytes(uri) == b"two"
+    assert storage.open_input(uri).read() == b"two"
+    assert storage.list_files(storage.join(prefix + str(tmp_path), "a")) == [str(tmp_path / "a/b/file.bin")]
+    storage.delete(storage.join(prefix + str(tmp_path), "a"))
+    storage.delete(uri)
+    assert not storage.exists(uri)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(uri)
+
+
+def test_full_disk_is_one_message_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "file.bin")
+    storage.write_bytes_atomic(uri, b"before")
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(WorkError, match=rf"disk is full.*5 bytes to {uri}; free some space"):
+        storage.write_bytes_atomic(uri, b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
+    assert storage.read_bytes(uri) == b"before"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_device_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: real_open(Path("/dev/full"), *a, **k))
+    with pytest.raises(WorkError, match="disk is full"):
+        storage.write_bytes_atomic(str(tmp_path / "file.bin"), bytes(1 << 20))
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "file.bin")
+    storage.write_bytes_atomic(uri, b"old")
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda _: seen.append((storage.read_bytes(uri), storage.list_files(str(tmp_path))))
+    )
+    storage.write_bytes_atomic(uri, b"new")
+    assert seen == [(b"old", [uri])]
+    assert storage.read_bytes(uri) == b"new"
+
+
+def test_what_a_killed_writer_left_is_deleted_when_old(tmp_path: Path) -> None:
+    left = tmp_path / "deep" / ".x.parquet.0a1b2c3d.partial"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    now_s = left.stat().st_mtime
+    assert storage.delete_unfinished(str(tmp_path), older_than_s=10, now_s=now_s + 5) == 0
+    assert storage.delete_unfinished(str(tmp_path), older_than_s=10, now_s=now_s + 11) == 1
+    assert not left.exists()
+
+
+def test_path_is_made_absolute_and_bucket_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("a/b") == str(tmp_path / "a/b")
+    assert storage.absolute("file:///a/b") == "/a/b"
+    assert storage.absolute("s3://bucket/key") == "s3://bucket/key"
+    assert storage.join("s3://bucket/", "/a/", "b") == "s3://bucket/a/b"
+
+
+def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_text("a")
+    first = storage.fingerprint(str(path))
+    assert storage.fingerprint(str(path)) == first
+    path.write_text("ab")
+    assert storage.fingerprint(str(path)) != first
+
+
+@pytest.mark.parametrize("uri", ["", "ftp://host/file"])
+def test_unknown_scheme_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"s3://"):
+        storage.exists(uri)
