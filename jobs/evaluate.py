@@ -4,9 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.evaluate.config import EvaluateConfig
-
 from jobs.cli import run_job
+from pipelines.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
     from pipelines.evaluate.pipeline import EvaluateReport

@@ -4,9 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.sample.config import SampleConfig
-
 from jobs.cli import run_job
+from pipelines.sample.config import SampleConfig
 
 if TYPE_CHECKING:
     from pipelines.sample.pipeline import SampleReport

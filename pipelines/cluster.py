@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 
 import ray
@@ -71,22 +72,28 @@ def data_context() -> Iterator[None]:
 
 
 def _start() -> None:
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        # Without "local", Ray would silently join any other cluster that runs on this host.
+        ray.init(
+            address="local",
+            num_cpus=max(_MIN_LOCAL_CPUS, len(os.sched_getaffinity(0))),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+        return
     try:
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            # Without "local", Ray would silently join any other cluster that runs on this host.
-            ray.init(
-                address="local",
-                num_cpus=max(_MIN_LOCAL_CPUS, len(os.sched_getaffinity(0))),
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        if not address:
-            raise
+        _knock(address)
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); "
             "correct the address, or unset RAY_ADDRESS to run on this machine"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at the address; Ray itself would try for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -1,0 +1,38 @@
+"""Joining a cluster: one that is there, one that is too small, one that is not there."""
+
+import socket
+
+import pytest
+
+from mdm_core.errors import ConfigError
+from pipelines import cluster
+
+
+def test_a_cluster_that_is_joined_already_is_used_and_left_alone(ray_cluster):
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    cluster.connect(min_cpus=4)
+    cluster.disconnect()
+    assert ray.is_initialized()
+    assert ray.get_runtime_context().get_node_id() == node
+
+
+def test_a_cluster_with_too_few_cpus_is_refused_before_work_waits_for_ever(ray_cluster):
+    with pytest.raises(ConfigError) as caught:
+        cluster.connect(min_cpus=5)
+    assert str(caught.value) == (
+        "this work needs 5 CPUs at once, but the Ray cluster has 4; "
+        "ask for fewer workers, or set RAY_ADDRESS to a larger cluster"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch, scheme):
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        with pytest.raises(ConfigError, match=f"^no Ray cluster answers at RAY_ADDRESS={address} .*unset RAY_ADDRESS"):
+            cluster.connect()
