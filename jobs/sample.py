@@ -14,8 +14,8 @@ CONFIG = SampleConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_job("sample", argv, CONFIG, _run)
+    """Runs the command and returns its exit code; `mdm sample CAPTION …` is short for `--captions [CAPTION, …]`."""
+    return run_job("sample", argv, CONFIG, _run, positional="captions")
 
 
 def _run(config: SampleConfig) -> "SampleReport":

@@ -95,10 +95,10 @@ def _mirror(
         if section is not None:
             nested = _mirror(section, value if isinstance(value, dict) else _shown(info), path, paths, kinds)
             fields.append((name, _group(nested, info, section), dataclasses.field(default_factory=nested)))
-        elif item is not None and (items := value if isinstance(value, list) else _shown_items(info)):
+        elif item is not None and isinstance(value, list) and value:
             numbered = [
                 (str(i), _mirror(item, each if isinstance(each, dict) else {}, (*path, i), paths, kinds))
-                for i, each in enumerate(items)
+                for i, each in enumerate(value)
             ]
             nested = _numbered(name, numbered)
             fields.append((name, _group(nested, info, item), dataclasses.field(default_factory=nested)))
@@ -160,11 +160,6 @@ def _shown(info: FieldInfo) -> Mapping[str, Value]:
     """A section's own defaults, where they differ from those of its class."""
     default = info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else None
     return default.model_dump(mode="json", exclude_unset=True) if isinstance(default, BaseModel) else {}
-
-
-def _shown_items(info: FieldInfo) -> list[Any]:
-    default = info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else None
-    return [item.model_dump(mode="json") for item in default or () if isinstance(item, BaseModel)]
 
 
 def _run_tyro(whole: type, argv: Sequence[str], *, prog: str, description: str) -> tuple[Any, list[str]]:
@@ -238,7 +233,16 @@ def _metavar(annotation: object) -> str:
         elif origin in (dict, Mapping):
             names.append("{KEY: VALUE, …}")
         else:
-            known = {type(None): "null", bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                kind = dict
+            known = {
+                dict: "{KEY: VALUE, …}",
+                type(None): "null",
+                bool: "true|false",
+                int: "INT",
+                float: "FLOAT",
+                str: "TEXT",
+            }
             names.append(known.get(kind) or getattr(kind, "__name__", str(kind)).upper())
     return "|".join(dict.fromkeys(names))
 

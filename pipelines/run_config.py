@@ -123,7 +123,10 @@ def _validated(
 
 
 def _with_sections(cls: type[BaseModel], data: Mapping[str, Value]) -> dict[str, Value]:
-    """The data with empty sections where a section is required, so that what is missing is named key by key."""
+    """The data with what pydantic would lose: defaults that a field sets in its section, where only a part is given.
+
+    Required sections are there at least empty, so that what is missing is named key by key.
+    """
     filled = dict(data)
     for name, info in cls.model_fields.items():
         section = section_class(info.annotation)
@@ -131,8 +134,18 @@ def _with_sections(cls: type[BaseModel], data: Mapping[str, Value]) -> dict[str,
             continue
         value = filled.get(name, {} if info.is_required() else None)
         if isinstance(value, dict):
-            filled[name] = _with_sections(section, value)
+            default = info.default
+            below = default.model_dump(mode="json", exclude_unset=True) if isinstance(default, BaseModel) else {}
+            filled[name] = _with_sections(section, _laid_over(below, value))
     return filled
+
+
+def _laid_over(below: Mapping[str, Value], above: Mapping[str, Value]) -> dict[str, Value]:
+    both = dict(below)
+    for key, value in above.items():
+        under = both.get(key)
+        both[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return both
 
 
 def _problems(cls: type[Config], errors: Sequence[ErrorDetails], data: Mapping[str, Value]) -> list[tuple[Path, str]]:
@@ -140,7 +153,12 @@ def _problems(cls: type[Config], errors: Sequence[ErrorDetails], data: Mapping[s
     grouped: dict[Path, list[ErrorDetails]] = {}
     for error in errors:
         grouped.setdefault(_path_in(data, error["loc"]), []).append(error)
-    return [(path, _describe(cls, path, group)) for path, group in grouped.items()]
+    return [
+        (path, _describe(cls, path, group))
+        for path, group in grouped.items()
+        # A list whose items are wrong counts as too short as well.
+        if group[0]["type"] != "too_short" or not any(other[: len(path)] == path != other for other in grouped)
+    ]
 
 
 def _path_in(data: object, loc: Path) -> Path:
@@ -166,6 +184,8 @@ def _describe(cls: type[Config], path: Path, errors: list[ErrorDetails]) -> str:
     if kind == "missing" and isinstance(got, list):
         return f": got {_shown(got)}; wanted more items{_default_of(info)}"
     if kind == "missing":
+        if any(isinstance(part, int) for part in path):
+            return ": missing"
         metavar = str(path[-1]).upper()
         return f": missing; set it in the file, or give --{dotted(path)} {metavar}"
     if kind == "value_error":
@@ -204,6 +224,8 @@ def _wanted(error: ErrorDetails) -> str:
         words = f"{_number(context['le'])} or less" if "le" in context else f"less than {_number(context['lt'])}"
     if error["type"] == "int_type" and isinstance(error["input"], float):
         words = "a whole number, without point or exponent"
+    if error["type"] == "too_short":
+        words = f"{context['min_length']} or more items"
     if error["type"] == "string_too_short":
         words = "some text" if context.get("min_length") == 1 else words
     return words

@@ -117,6 +117,18 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file):
     assert config.inner == Inner(retries=7, wait_s=0.00005, per_host=3)
 
 
+def test_a_part_of_a_section_leaves_the_rest_as_its_field_sets_it(yaml_file):
+    class Middle(Config):
+        inner: Inner = Inner(retries=5, wait_s=3)
+
+    class Outer(Config):
+        middle: Middle = Middle(inner=Inner(per_host=1, retries=6))
+
+    file = yaml_file("middle: {inner: {wait_s: 4}}")
+    config = load_config(Outer, ["--config", file, "--middle.inner.per_host", "2"], prog="mdm x", description="")
+    assert config.middle.inner == Inner(retries=6, wait_s=4, per_host=2)
+
+
 def test_required_keys_may_come_from_flags_alone():
     assert load("--uri", "x") == Whole(uri="x")
 
@@ -185,7 +197,7 @@ def test_items_of_the_file_have_flags_of_their_own(yaml_file):
         ("uri: x\nwords: a\n", 'line 2: words: got "a"; wanted a list, as in [a, b]; the default is []'),
         ("uri: x\npair: [1]\n", "line 2: pair: got [1]; wanted more items; the default is [1, 2]"),
         ("uri: x\nitems: [{lr: fast}]\n", 'line 2: items.0.lr: got "fast"; wanted a number'),
-        ("uri: x\nitems:\n- {name: y}\n", "line 3: items.0.lr: missing; set it in the file, or give --items.0.lr LR"),
+        ("uri: x\nitems:\n- {name: y}\n", "line 3: items.0.lr: missing"),
         ("kind: csv\n", "uri: missing; set it in the file, or give --uri URI"),
         ("command: refresh\nuri: x\n", "line 1: command: the file is for `mdm refresh`; wanted one for `mdm whole`"),
     ],
