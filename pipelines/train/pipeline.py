@@ -98,7 +98,7 @@ def _open_table(config: TrainConfig, start: Checkpoint | None) -> SampleTable:
     table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
     if not table.shards("ok"):
         raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
-    store = EmbeddingStore.open(table, config.text.encoder)
+    store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
     config.model.matryoshka(store.width)
     return table
 

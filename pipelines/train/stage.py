@@ -63,7 +63,7 @@ class StageRun:
         self.context, self.index, self.place, self.post = context, index, place, post
         self.config, self.stage = context.config, context.config.stages[index]
         self.table = SampleTable.open(self.config.data.table, context.table_version)
-        self.store = EmbeddingStore.open(self.table, self.config.text.encoder)
+        self.store = EmbeddingStore.open(self.table, self.config.text.encoder, max_tokens=self.config.text.max_tokens)
         self.networks = self.config.model.matryoshka(self.store.width).up_to(self.stage.resolution)
         self.schedule = self.config.model.noise_schedule()
         self.metrics: dict[str, float] = {}

@@ -114,6 +114,8 @@ def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.AdamW) -> dict
 
 def _load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
     for name, parameter in network.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device)} | {
+            # The fused kernel walks all four tensors in memory order, so the moments must lie as the parameter does.
+            key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
+            for key in ("exp_avg", "exp_avg_sq")
         }

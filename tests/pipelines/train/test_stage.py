@@ -1,0 +1,130 @@
+"""A run on one machine without Ray: resumed runs, grown networks, damaged checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdm_core.errors import CheckpointError
+from pipelines.data.table import SampleTable
+from pipelines.train.checkpoint import latest_checkpoint, list_checkpoints, open_checkpoint
+from pipelines.train.config import TrainConfig
+from pipelines.train.stage import Place, RunContext
+from pipelines.train.worker import train_stages
+
+from .conftest import run_config
+
+
+class Killed(BaseException):
+    """Stands for a process that dies between two steps."""
+
+
+def train(config: TrainConfig, table: SampleTable, *, die_after: int | None = None) -> list[dict[str, Any]]:
+    """Trains what is left; dies on the event after `die_after` of them."""
+    events: list[dict[str, Any]] = []
+
+    def post(event: dict[str, Any]) -> None:
+        if die_after is not None and len(events) == die_after:
+            raise Killed
+        events.append(event)
+
+    train_stages(RunContext(config, table.version, "run"), place=Place(), post=post)
+    return events
+
+
+def tensors(uri: str) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(uri)
+    return {f"{name}/{k}": v for name in ("weights", "ema", "optimizer") for k, v in checkpoint.tensors(name).items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(table: SampleTable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, train(run_config(table, folder), table)
+
+
+def losses(events: list[dict[str, Any]]) -> dict[tuple[int, int], float]:
+    return {(event["stage"], event["images"]): event["metrics"]["loss"] for event in events if "metrics" in event}
+
+
+@pytest.mark.parametrize("die_after", [1, 3, 5, 6, 8])
+def test_a_run_that_dies_goes_on_as_if_it_had_not(
+    table: SampleTable, tmp_path: Path, unbroken: tuple[Path, list[dict[str, Any]]], die_after: int
+) -> None:
+    config = run_config(table, tmp_path)
+    with pytest.raises(Killed):
+        train(config, table, die_after=die_after)
+    events = train(config, table)
+    expected = losses(unbroken[1])
+    assert losses(events).items() <= expected.items()
+    assert (1, 32) in losses(events)
+    ours, theirs = tensors(config.checkpoint.uri), tensors(str(unbroken[0] / "run"))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_finished_run_trains_nothing(unbroken: tuple[Path, list[dict[str, Any]]], table: SampleTable) -> None:
+    assert train(run_config(table, unbroken[0]), table) == []
+
+
+def test_the_second_stage_begins_with_the_averages_of_the_first(
+    table: SampleTable, unbroken: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    stages = [dict(stage) for stage in run_config(table, tmp_path).model_dump()["stages"]]
+    stages[1] |= {"lr": 1e-12, "decay": "constant", "weight_decay": 0.0}
+    config = run_config(table, tmp_path, stages=stages)
+    train(config, table)
+    first = open_checkpoint(str(tmp_path / "run" / "stage-0" / "images-000000000048")).tensors("ema")
+    second = open_checkpoint(config.checkpoint.uri).tensors("ema")
+    for name, value in first.items():
+        torch.testing.assert_close(second[f"inner_unet.{name}"], value, atol=1e-6, rtol=0)
+
+
+def test_training_learns_the_pictures(table: SampleTable, tmp_path: Path) -> None:
+    stage = {"resolution": 8, "images": 2400, "global_batch_size": 8, "lr": 3e-3, "loss_weighting": "v"}
+    config = run_config(table, tmp_path, stages=[stage], log_every_steps=20)
+    values = list(losses(train(config, table)).values())
+    assert values[-1] < 0.75 * values[0]
+
+
+def test_checkpoints_are_kept_and_pruned_as_configured(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:
+    names = [Path(uri).parts[-2:] for uri in list_checkpoints(str(unbroken[0] / "run"))]
+    assert names == [
+        ("stage-0", "images-000000000048"),
+        ("stage-1", "images-000000000016"),
+        ("stage-1", "images-000000000032"),
+    ]
+    manifest = open_checkpoint(str(unbroken[0] / "run")).manifest
+    assert (manifest.stage, manifest.images_seen, manifest.total_images_seen) == (1, 32, 80)
+    assert manifest.stage_done
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    table: SampleTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(table, tmp_path)
+    train(config, table)
+    undisturbed = tensors(config.checkpoint.uri)
+    weights = tmp_path / "run" / "stage-1" / "images-000000000032" / "ema.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors is damaged: its checksum is not the manifest's"):
+        open_checkpoint(str(weights.parent)).tensors("ema")
+    newest = latest_checkpoint(config.checkpoint.uri)
+    assert newest is not None
+    assert newest.manifest.images_seen == 16
+    assert "going back to the checkpoint before" in caplog.text
+    train(config, table)
+    again = tensors(config.checkpoint.uri)
+    assert all(torch.equal(again[name], value) for name, value in undisturbed.items())
+
+
+def test_an_upload_that_was_cut_is_no_checkpoint(table: SampleTable, tmp_path: Path) -> None:
+    config = run_config(table, tmp_path)
+    train(config, table)
+    (tmp_path / "run" / "stage-1" / "images-000000000032" / "manifest.json").unlink()
+    newest = latest_checkpoint(config.checkpoint.uri)
+    assert newest is not None
+    assert newest.manifest.images_seen == 16
