@@ -42,7 +42,7 @@ def _run(config: CheckConfig) -> dict[str, Any]:
             print(f"{file}: ok, for mdm {command}")
     if problems:
         raise ConfigError("\n".join(problems))
-    return {"valid": [str(file) for file in files]}
+    return {"valid": len(files)}
 
 
 def _files_in(path: str) -> list[str]:
