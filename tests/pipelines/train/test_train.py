@@ -1,0 +1,101 @@
+"""`train` on Ray, with real worker processes, and what MLflow shows of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdm_core.errors import ConfigError, WorkError
+from pipelines.data.table import SampleTable
+from pipelines.tracking import child_runs, metric_history
+from pipelines.train.checkpoint import open_checkpoint
+from pipelines.train.config import TrainConfig
+from pipelines.train.pipeline import TrainReport, train
+
+from .conftest import run_config
+
+
+@pytest.fixture(scope="module")
+def alone(
+    ray_cluster: None, table: SampleTable, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, TrainReport]:
+    """A run with one worker."""
+    config = run_config(table, tmp_path_factory.mktemp("alone"))
+    return config, train(config)
+
+
+def test_two_workers_train_the_network_that_one_trains(
+    ray_cluster: None, table: SampleTable, tmp_path: Path, alone: tuple[TrainConfig, TrainReport]
+) -> None:
+    config = run_config(table, tmp_path, scaling={"workers": 2})
+    report = train(config)
+    for ours, theirs in zip(report.stages, alone[1].stages, strict=True):
+        assert ours["loss_last"] == pytest.approx(theirs["loss_last"], rel=1e-4)
+    shared, single = open_checkpoint(config.checkpoint.uri), open_checkpoint(alone[0].checkpoint.uri)
+    for name, value in single.tensors("ema").items():
+        torch.testing.assert_close(shared.tensors("ema")[name], value, atol=2e-4, rtol=0)
+
+
+def test_mlflow_shows_a_run_with_a_child_a_stage(alone: tuple[TrainConfig, TrainReport]) -> None:
+    config, report = alone
+    children = child_runs(config.tracking, report.run_id)
+    assert set(children) == {"stage 8 px", "stage 16 px"}
+    assert [step for step, _ in metric_history(config.tracking, report.run_id, "loss")] == [16, 32, 48, 64, 80]
+    history = metric_history(config.tracking, children["stage 16 px"], "loss")
+    assert [step for step, _ in history] == [16, 32]
+    parts = [metric_history(config.tracking, children["stage 16 px"], f"loss_{side}") for side in (16, 8)]
+    for (_, whole), *halves in zip(history, *parts, strict=True):
+        assert whole == pytest.approx(sum(value for _, value in halves))
+    assert report.stages[1]["loss_last"] == pytest.approx(history[-1][1])
+    assert report.stages[0]["images_seen"] == 48
+
+
+def test_a_finished_run_says_that_nothing_is_left(alone: tuple[TrainConfig, TrainReport]) -> None:
+    config, report = alone
+    again = train(config)
+    assert not again.trained
+    assert (again.checkpoint, again.run_id, again.stages) == (report.checkpoint, report.run_id, report.stages)
+
+
+def test_another_run_is_not_continued(alone: tuple[TrainConfig, TrainReport]) -> None:
+    config, _ = alone
+    changed = config.model_copy(update={"seed": 5, "text": config.text.model_copy(update={"drop_prob": 0.5})})
+    with pytest.raises(ConfigError, match=r"holds a run with another seed, text; .* another checkpoint\.uri"):
+        train(changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"table": "{table}", "version": 99}}, "has no version 99; the latest is 2"),
+        ({"text": {"encoder": "t5:small", "max_tokens": 8}}, "has no embeddings by t5:small; run `mdm embed"),
+        ({"text": {"max_tokens": 16}}, "have max_tokens=8, wanted 16"),
+        ({"scaling": {"workers": 8}}, "needs 8 CPUs at once, but the Ray cluster has 4"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(
+    ray_cluster: None, table: SampleTable, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    if "data" in changes:
+        changes = {"data": changes["data"] | {"table": table.uri}}
+    with pytest.raises(ConfigError, match=message):
+        train(run_config(table, tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_must_fit_the_workers_and_the_networks(table: SampleTable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"global_batch_size=8 must be divisible by scaling\.workers=3; try 6 or 9"):
+        run_config(table, tmp_path, scaling={"workers": 3})
+    stage = {"resolution": 32, "images": 8, "global_batch_size": 8, "lr": 1e-3}
+    with pytest.raises(ValueError, match=r"stages\.0\.resolution=32 has no network; there are \[16, 8\]"):
+        run_config(table, tmp_path, stages=[stage])
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_say_where(
+    ray_cluster: None, table: SampleTable, tmp_path: Path
+) -> None:
+    stage = {"resolution": 8, "images": 800, "global_batch_size": 8, "lr": 1e38}
+    config = run_config(table, tmp_path, stages=[stage], scaling={"workers": 2, "max_failures": 0})
+    with pytest.raises(WorkError, match=r"the gradients of step \d+ are not finite .* lower the stage's lr"):
+        train(config)
