@@ -19,7 +19,7 @@ from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.config import SourceConfig
 
-_LINK = re.compile(r"https?://[^\s/?#]+[^\r\n]*", re.IGNORECASE)
+_LINK = re.compile(r"https?://[^\s/?#]", re.IGNORECASE)
 _BATCH_ROWS = 10_000
 _READ_BYTES = 1 << 20
 _MAX_LINE_BYTES = 16 << 20
@@ -68,7 +68,7 @@ def _row(line: int, url: object, caption: object) -> Row:
     if not isinstance(url, str) or not isinstance(caption, str):
         return Row(line, "", "", "not_text")
     url, caption = url.strip(), caption.strip()
-    if not _LINK.fullmatch(url):
+    if not _LINK.match(url):
         return Row(line, url, caption, "not_a_link")
     if not caption:
         return Row(line, url, caption, "no_caption")

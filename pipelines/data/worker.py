@@ -61,7 +61,8 @@ class RefreshWorker:
         # Pillow warns of odd metadata that does not touch the pixels.
         warnings.filterwarnings("ignore", module="PIL")
         self._loop = uvloop.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
+        self._thread.start()
         self._fetcher = self._await(Fetcher(config.fetch).__aenter__())
 
     def __call__(self, packed: pa.Table) -> pa.Table:
@@ -85,10 +86,13 @@ class RefreshWorker:
             self.close()
 
     def close(self) -> None:
-        """Closes the connections and ends the threads."""
-        self._await(self._fetcher.__aexit__(None, None, None))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._decoders.shutdown(wait=False)
+        """Closes the connections and ends the threads; closing again does nothing."""
+        if self._thread.is_alive() and not self._loop.is_closed():
+            self._await(self._fetcher.__aexit__(None, None, None))
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._decoders.shutdown(wait=False)
 
     def _await(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
