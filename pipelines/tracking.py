@@ -140,6 +140,7 @@ def _connect(tracking: TrackingConfig) -> tuple[Any, str]:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         client = MlflowClient(tracking_uri=tracking.uri)
@@ -147,9 +148,10 @@ def _connect(tracking: TrackingConfig) -> tuple[Any, str]:
         if experiment is not None:
             return client, str(experiment.experiment_id)
         return client, str(client.create_experiment(tracking.experiment, artifact_location=_artifacts(tracking.uri)))
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"tracking.uri={tracking.uri} can't be used: {error.message}; give sqlite:///FILE in a folder that exists, "
+            f"tracking.uri={tracking.uri} can't be used: {reason}; give sqlite:///FILE in a folder that exists, "
             "or the address of a running MLflow server"
         ) from error
 

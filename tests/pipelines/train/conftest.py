@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def make_table(folder: Path, rows_per_shard: tuple[int, ...]) -> SampleTable:
                 "outcome": "ok",
                 "retryable": False,
                 "attempts": 1,
-                "fetched_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
+                "fetched_at": datetime(2026, 1, 1, tzinfo=UTC),
                 "image": buffer.getvalue(),
                 "format": "png",
                 "width": SIDE,

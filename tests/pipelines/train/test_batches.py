@@ -28,7 +28,9 @@ def reader(table: SampleTable, **changes: Any) -> BatchReader:
     return BatchReader(table, EmbeddingStore.open(table, "minilm"), **(values | changes))
 
 
-def steps(table: SampleTable, count: int, *, first: int = 0, rank: int = 0, workers: int = 1, **changes: Any) -> list[Batch]:
+def steps(
+    table: SampleTable, count: int, *, first: int = 0, rank: int = 0, workers: int = 1, **changes: Any
+) -> list[Batch]:
     found = reader(table, **changes).steps(first, global_batch_size=12, rank=rank, workers=workers)
     return [next(found) for _ in range(count)]
 
@@ -132,4 +134,6 @@ def test_a_wide_picture_gives_its_middle_square() -> None:
     Image.fromarray(wide).save(buffer, "PNG")
     np.testing.assert_array_equal(decode_square(buffer.getvalue(), 8), wide[:, 8:16])
     means = wide[:, 8:16].reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
-    np.testing.assert_allclose(decode_square(buffer.getvalue(), 4).astype(float), means, atol=1)  # Pillow rounds after each axis
+    np.testing.assert_allclose(
+        decode_square(buffer.getvalue(), 4).astype(float), means, atol=1
+    )  # Pillow rounds after each axis
