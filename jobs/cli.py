@@ -88,7 +88,8 @@ def run_job(
             print(f"# mdm {command}, the configuration in full:\n{dump_config(config)}", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(sys.stderr):
             report = work(config)
-        return report if isinstance(report, dict) else report.as_dict()
+        result = report if isinstance(report, dict) else report.as_dict()
+        return dict(json.loads(json.dumps(result, default=_plain)))
 
     return guarded(f"mdm {command}", whole, as_json="--json" in words)
 
@@ -155,6 +156,11 @@ def _message(error: MdmError) -> str:
     # Raised in a Ray task, the error comes back wrapped, its text a traceback; the cause has the message.
     cause = getattr(error, "cause", None)
     return str(cause if isinstance(cause, MdmError) else error)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value that it does not know: numpy's numbers as Python's, all else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _print_result(result: dict[str, Any], code: int, *, as_json: bool) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
@@ -24,20 +23,10 @@ from pipelines.strict_yaml import Path, Value, dotted, parse_value
 _NOT_GIVEN = object()
 
 
-@dataclass(frozen=True)
-class Flags:
-    """What a command line says."""
-
-    config_file: str | None
-    """The file of `--config`."""
-    values: dict[Path, Value]
-    """The value of each field that has been given, by its path."""
-
-
 def parse_flags(
     model: type[BaseModel], argv: Sequence[str], file_data: Mapping[str, Value], *, prog: str, description: str
-) -> Flags:
-    """Reads a command line; prints the help page and exits where it is asked for.
+) -> dict[Path, Value]:
+    """The values that a command line gives, by the paths of their fields; `--help` prints the page and exits.
 
     Args:
         model: The configuration class; every field of it and of its sections is a flag.
@@ -70,7 +59,7 @@ def parse_flags(
             problems.append(f"--{dotted(path)} {text}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
-    return Flags(None if parsed.config is _NOT_GIVEN else parsed.config, given)
+    return given
 
 
 def config_file_of(argv: Sequence[str]) -> str | None:

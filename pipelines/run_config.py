@@ -49,8 +49,8 @@ def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str, descripti
     document = read_document(file) if file is not None else Document({})
     _check_command(document, file or "", prog.split()[-1])
     flags = parse_flags(cls, argv, document.data, prog=prog, description=description)
-    data = _merged(document.data, flags.values)
-    return _validated(cls, data, document=document, file=file, given=flags.values)
+    data = _merged(document.data, flags)
+    return _validated(cls, data, document=document, file=file, given=flags)
 
 
 def load_file(cls: type[ConfigT], file: str, *, command: str) -> ConfigT:

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import Field
 
@@ -98,10 +99,14 @@ def test_json_is_the_last_line_on_stdout(capsys):
 def test_a_report_is_printed_by_its_own_account(capsys):
     class Report:
         def as_dict(self) -> dict[str, Any]:
-            return {"counted": 5}
+            return {"counted": np.int64(5), "where": ROOT}
 
-    assert run("--table", "t", "--json", work=lambda config: Report()) == 0
-    assert capsys.readouterr().out == '{"counted": 5}\n'
+    for flags, printed in (
+        (["--json"], json.dumps({"counted": 5, "where": str(ROOT)})),
+        ([], f"counted: 5\nwhere: {ROOT}"),
+    ):
+        assert run("--table", "t", *flags, work=lambda config: Report()) == 0
+        assert capsys.readouterr().out == f"{printed}\n"
 
 
 @pytest.mark.parametrize(
