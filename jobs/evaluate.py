@@ -8,7 +8,7 @@ from jobs.cli import run_job
 from pipelines.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
-    from pipelines.evaluate.pipeline import EvaluateReport
+    from pipelines.evaluate.report import EvaluateReport
 
 CONFIG = EvaluateConfig
 

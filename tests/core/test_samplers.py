@@ -18,7 +18,8 @@ class GaussianOracle(nn.Module):
 
     def __init__(self, alpha_bars: Tensor) -> None:
         super().__init__()
-        self.alpha_bars, self.calls, self.timesteps = alpha_bars, 0, []
+        self.alpha_bars, self.calls = alpha_bars, 0
+        self.timesteps: list[int] = []
 
     def forward(self, x_t: list[Tensor], timestep: Tensor, *_: object) -> list[Tensor]:
         self.calls += 1
