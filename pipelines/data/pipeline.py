@@ -73,6 +73,8 @@ def refresh(config: RefreshConfig) -> RefreshReport:
     plan = make_plan(source, ledger, config.run.limit)
     for row in plan.faults:
         logger.warning("%s line %d is malformed: %s", source.uri, row.line, row.fault)
+    if (more := plan.malformed.total() - len(plan.faults)) > 0:
+        logger.warning("%s has %d more malformed lines", source.uri, more)
     ledger.create_table()
     tally = _run(config, plan, ledger) if plan.num_todo else Tally()
     return _report(plan, tally, ledger)

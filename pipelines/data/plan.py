@@ -15,7 +15,7 @@ from pipelines.data.config import SourceConfig
 from pipelines.data.ledger import Ledger
 from pipelines.data.sources import Row, read_list
 
-_MAX_FAULTS_KEPT = 100
+_MAX_FAULTS_KEPT = 20
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,12 @@ def test_malformed_lines_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
     ]
 
 
+def test_only_the_first_malformed_lines_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert refresh(configure(tmp_path, ["nothing"] * 30)).malformed == 30
+    assert len(caplog.records) == 21
+    assert caplog.records[-1].getMessage().endswith("list.tsv has 10 more malformed lines")
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_cluster_that_is_too_small_is_refused_before_work(tmp_path: Path, server: PictureServer) -> None:
     urls = list(server.add_pictures(60))
