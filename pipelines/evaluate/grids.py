@@ -1,5 +1,6 @@
 """Pictures for people: grids of pictures with their captions, and curves of the loss."""
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -109,6 +110,13 @@ def loss_plot(curves: Mapping[str, Iterable[tuple[int, float]]], *, title: str =
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Returns a picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _num_columns(count: int) -> int:

@@ -1,0 +1,64 @@
+"""Which rows of a table an evaluation takes: captions to make pictures for, and real pictures to compare with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from mdm_core.errors import ConfigError
+from pipelines.data.table import SampleTable, Shard
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One ok row of a table: its number among all of them, and where it is."""
+
+    number: int
+    shard: Shard
+    row: int
+
+
+def draw_rows(
+    table: SampleTable, *, num_samples: int, num_reference: int, seed: int
+) -> tuple[list[TableRow], list[TableRow]]:
+    """Returns the rows of the prompts, and those of the reference: others, as many as there are but no more than asked.
+
+    Both are functions of the table's version and of the seed.
+
+    Raises:
+        ConfigError: The table has too few ok rows.
+    """
+    shards = table.shards("ok")
+    ends = np.cumsum([shard.num_rows for shard in shards], dtype=np.int64)
+    count = int(ends[-1]) if len(ends) else 0
+    if count < num_samples + 2:
+        raise ConfigError(
+            f"{table.uri} has {count} ok rows at version {table.version}, wanted num_samples={num_samples} and 2 "
+            f"others at least to compare with; set num_samples to {max(count - 2, 0)} or less, or refresh the table"
+        )
+    drawn = np.random.default_rng(seed).choice(count, min(count, num_samples + num_reference), replace=False)
+
+    def located(number: int) -> TableRow:
+        index = int(np.searchsorted(ends, number, side="right"))
+        return TableRow(number, shards[index], number - int(ends[index]) + shards[index].num_rows)
+
+    rows = [located(int(number)) for number in drawn]
+    return rows[:num_samples], rows[num_samples:]
+
+
+def by_shard(rows: Sequence[TableRow], *, at_most: int | None = None) -> list[list[TableRow]]:
+    """Returns the rows in groups of one shard each, in the order of the table."""
+    groups = [list(group) for _, group in groupby(sorted(rows, key=lambda row: row.number), lambda row: row.shard.path)]
+    if at_most is None:
+        return groups
+    return [group[first : first + at_most] for group in groups for first in range(0, len(group), at_most)]
+
+
+def read_captions(table: SampleTable, rows: Sequence[TableRow]) -> list[str]:
+    """Returns the captions of `rows`, in their order."""
+    found: dict[int, str] = {}
+    for group in by_shard(rows):
+        captions = table.read(group[0].shard, ["caption"])["caption"].take([row.row for row in group])
+        found |= dict(zip((row.number for row in group), captions.to_pylist(), strict=True))
+    return [found[row.number] for row in rows]
