@@ -8,13 +8,14 @@ pictures are as far from the reference as other real ones.
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
@@ -85,7 +86,9 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
     )
     captions = read_captions(table, prompts)
     found = _run(config, checkpoint, table, prompts, reference, captions, make)
-    values, intervals = _measure(config, found, prompts, reference)
+    # The matrices are small: several threads would wait for each other longer than they work.
+    with threadpool_limits(limits=1, user_api="blas"):
+        values, intervals = _measure(config, found, prompts, reference)
     grids = _grids(config, checkpoint, found, captions)
     run_id = _log(config, checkpoint, table, wanted, values, grids)
     report = EvaluateReport(
@@ -154,7 +157,7 @@ def _results(
     resolution: int,
     tasks: list[str],
     make: "MakerFactory | None",
-) -> Any:
+) -> Iterator[dict[str, Any]]:
     import ray
     import ray.data
 

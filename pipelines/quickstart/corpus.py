@@ -36,7 +36,7 @@ _OUTCOMES = {
     "private": ("failed", "private_address"),
     "pixel": ("filtered", "too_small"),
     "duplicate": ("duplicate", None),
-    "malformed": ("malformed", None),
+    "malformed": ("malformed", "wrong_columns"),
 }
 # Below the ports that Linux deals to outgoing connections: those that Ray opens could hold the port on the next run.
 _PORTS = range(20_000, 32_000)
