@@ -72,6 +72,15 @@ def picture_grid(
     return canvas
 
 
+def grid_title(
+    name: str, side: int, *, weights: str, images_seen: int, guidance_scale: float, num_inference_steps: int
+) -> str:
+    """Returns a line that says what the pictures of a grid are."""
+    which = {"ema": "EMA weights", "raw": "raw weights", "untrained": "untrained weights"}[weights]
+    sampling = f"guidance {guidance_scale:g}, {num_inference_steps} steps"
+    return f"{name}: {side} px, {which}, {images_seen:,} images seen, {sampling}"
+
+
 def loss_plot(curves: Mapping[str, Iterable[tuple[int, float]]], *, title: str = "Training loss") -> Image.Image:
     """Returns curves of the loss over images seen: each faint as logged, and its moving average on top.
 

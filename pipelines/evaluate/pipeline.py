@@ -22,7 +22,7 @@ from pipelines import storage
 from pipelines.data.table import SampleTable
 from pipelines.evaluate import metrics
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.grids import picture_grid, png_bytes
+from pipelines.evaluate.grids import grid_title, picture_grid, png_bytes
 from pipelines.evaluate.prompts import TableRow, by_shard, draw_rows, read_captions
 from pipelines.evaluate.report import EvaluateReport, fingerprint, read_report, write_report
 from pipelines.progress import Progress
@@ -238,10 +238,13 @@ def _grids(
     grids = {}
     for side, pictures in sorted(found.pictures.items(), reverse=True):
         count = min(config.grid_pictures, len(captions))
-        title = (
-            f"{manifest.config.get('name', 'checkpoint')}: {side} px, {config.weights} weights after "
-            f"{manifest.total_images_seen:,} images, guidance {config.guidance_scale:g}, "
-            f"{config.num_inference_steps} steps"
+        title = grid_title(
+            str(manifest.config.get("name", "checkpoint")),
+            side,
+            weights=config.weights,
+            images_seen=manifest.total_images_seen,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps,
         )
         grids[side] = picture_grid([pictures[number] for number in range(count)], captions[:count], title=title)
         uri = storage.join(storage.absolute(config.out), f"samples_{side}.png")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.evaluate.grids import picture_grid, png_bytes
+from pipelines.evaluate.grids import grid_title, picture_grid, png_bytes
 from pipelines.progress import Progress
 from pipelines.sample.config import SampleConfig
 from pipelines.train.checkpoint import open_checkpoint
@@ -76,10 +76,13 @@ def sample(config: SampleConfig, *, make: "MakerFactory | None" = None) -> Sampl
     manifest = checkpoint.manifest
     grids = {}
     for side, level in zip(maker.resolutions, levels, strict=True):
-        title = (
-            f"{manifest.config.get('name', 'checkpoint')}: {side} px, {config.weights} weights after "
-            f"{manifest.total_images_seen:,} images, guidance {config.guidance_scale:g}, "
-            f"{config.num_inference_steps} steps, seed {config.seed}"
+        title = grid_title(
+            str(manifest.config.get("name", "checkpoint")),
+            side,
+            weights=config.weights,
+            images_seen=manifest.total_images_seen,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps,
         )
         columns = config.pictures_per_caption if config.pictures_per_caption > 1 else None
         grid = picture_grid(level, [caption for caption, _ in wanted], title=title, columns=columns)
