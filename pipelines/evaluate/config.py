@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     batch_size: int = Field(default=32, ge=1)
     """Pictures that a worker makes at once."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Processes, any number of which make the same pictures; auto: one a GPU if gpus_per_worker is 1, else one a CPU."""
+    """Processes; any number makes the same pictures; auto: one a GPU if gpus_per_worker is 1, else one a CPU."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """GPUs of each process: 0 works on the CPU."""
     tracking: TrackingConfig = TrackingConfig()
