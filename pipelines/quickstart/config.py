@@ -1,5 +1,7 @@
 """The configuration of the quickstart, and the configurations of the commands that it runs."""
 
+from typing import Any
+
 from pydantic import Field
 
 from pipelines import storage
@@ -26,6 +28,9 @@ PREVIEW_CAPTIONS = (
     "umbrella",
 )
 
+SAMPLING: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 10}
+"""With the second-order sampler, 32 steps end no nearer to the real pictures than 8."""
+
 
 class QuickstartConfig(Config):
     """The whole pipeline on real captioned pictures, on this machine."""
@@ -38,9 +43,9 @@ class QuickstartConfig(Config):
     """What the list's trouble, the order of training and the noise are drawn from."""
     pictures: int | None = Field(default=None, ge=64)
     """Take only so many of the pictures; all 1,905 if empty."""
-    images_16px: int = Field(default=38_400, ge=1)
+    images_16px: int = Field(default=32_000, ge=1)
     """Images to train on at 16 px."""
-    images_32px: int = Field(default=25_600, ge=1)
+    images_32px: int = Field(default=20_800, ge=1)
     """Images to train on at 32 px."""
     num_samples: int = Field(default=256, ge=2)
     """Pictures to make and score in the evaluation."""
@@ -83,12 +88,12 @@ class QuickstartConfig(Config):
             data=training.DataConfig(table=self.place("table")),
             text=training.TextConfig(encoder="minilm", max_tokens=32, drop_prob=0.1),
             model=training.ModelConfig(networks=(_shell(), _innermost())),
-            stages=(_stage(16, self.images_16px, 64), _stage(32, self.images_32px, 32)),
+            stages=(_stage(16, self.images_16px), _stage(32, self.images_32px)),
             scaling=training.ScalingConfig(workers=self.workers, cpus_per_worker=self.cpus_per_worker),
             checkpoint=training.CheckpointConfig(uri=self.place("training"), every_images=6_400),
-            preview=training.PreviewConfig(captions=PREVIEW_CAPTIONS),
+            preview=training.PreviewConfig(captions=PREVIEW_CAPTIONS, **SAMPLING),
             tracking=self.tracking,
-            log_every_steps=10,
+            log_every_steps=25,
         )
 
     def evaluate(self) -> EvaluateConfig:
@@ -99,6 +104,7 @@ class QuickstartConfig(Config):
             num_samples=self.num_samples,
             seed=self.seed,
             tracking=self.tracking,
+            **SAMPLING,
         )
 
 
@@ -129,13 +135,14 @@ def _shell() -> training.NetworkConfig:
     )
 
 
-def _stage(resolution: int, images: int, batch: int) -> training.StageConfig:
+def _stage(resolution: int, images: int) -> training.StageConfig:
     return training.StageConfig(
         resolution=resolution,
         images=images,
-        global_batch_size=batch,
-        lr=5e-4,
-        warmup_images=50 * batch,
+        global_batch_size=16,
+        lr=1e-3,
+        warmup_images=1_600,
+        loss_weighting="v",
         decay="linear",
         ema_length=0.1,
     )
