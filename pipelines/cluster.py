@@ -4,11 +4,16 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import ray
 
 from mdm_core.errors import ConfigError
+
+ResultT = TypeVar("ResultT")
 
 # A Ray Data pipeline holds one CPU for its actors and one for a task, so a machine with one core takes turns.
 _MIN_LOCAL_CPUS = 2
@@ -71,15 +76,40 @@ def data_context() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
+def call_interruptibly(work: Callable[[], ResultT]) -> ResultT:
+    """Returns what `work` returns; it is called on another thread, so that Ctrl-C raises KeyboardInterrupt here.
+
+    Called on the main thread, Ray Train takes SIGINT for itself, and ends the process without a word.
+    """
+    future: Future[ResultT] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon, because after Ctrl-C nobody waits for it: the cluster's end, or this process's, ends the work.
+    threading.Thread(target=run, name=getattr(work, "__qualname__", "work"), daemon=True).start()
+    while not future.done():
+        # Not in one go: a signal that another thread received is looked at between two waits.
+        wait([future], timeout=0.5)
+    return future.result()
+
+
 def _start() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
+        # Ray's C++ side writes notes about its own actors to this process's stderr, and calls them errors.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Without "local", Ray would silently join any other cluster that runs on this host.
         ray.init(
             address="local",
             num_cpus=max(_MIN_LOCAL_CPUS, len(os.sched_getaffinity(0))),
             include_dashboard=False,
             logging_level=logging.WARNING,
+            # What workers print stays in Ray's log files; their errors come back as exceptions.
+            log_to_driver=False,
         )
         return
     try:

@@ -133,7 +133,7 @@ def _fit(context: RunContext, run: Run, start: Checkpoint | None) -> None:
     )
     with Watch(board, run, config, seen) as watch:
         try:
-            trainer.fit()
+            cluster.call_interruptibly(trainer.fit)
         except ray.train.TrainingFailedError as error:
             raise WorkError(watch.last_error or f"training failed: {error}") from error
 

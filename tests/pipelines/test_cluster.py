@@ -1,6 +1,8 @@
 """Joining a cluster: one that is there, one that is too small, one that is not there."""
 
+import signal
 import socket
+import threading
 
 import pytest
 
@@ -36,3 +38,17 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch, scheme
         monkeypatch.setattr("ray.is_initialized", lambda: False)
         with pytest.raises(ConfigError, match=f"^no Ray cluster answers at RAY_ADDRESS={address} .*unset RAY_ADDRESS"):
             cluster.connect()
+
+
+def test_work_on_another_thread_hands_back_its_result_and_its_error():
+    assert cluster.call_interruptibly(lambda: threading.current_thread() is threading.main_thread()) is False
+    with pytest.raises(ZeroDivisionError):
+        cluster.call_interruptibly(lambda: 1 // 0)
+
+
+def test_ctrl_c_does_not_wait_for_the_work():
+    never = threading.Event()
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        cluster.call_interruptibly(never.wait)
+    never.set()
