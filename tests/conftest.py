@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before anything imports them: no statistics are sent, and two cores are not shared by many threads.
+# Before anything imports them: no statistics are sent, and threads of several processes do not wait for each other on few cores.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # img2dataset imports albumentations, which looks for a newer release of itself when imported.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A cluster on the developer's machine is never joined.
 os.environ.pop("RAY_ADDRESS", None)
 
