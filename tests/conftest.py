@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before anything imports them: no statistics are sent, and threads of several processes do not wait for each other on few cores.
+# Before anything imports them: no statistics are sent, and the threads of several processes do not wait for each other
+# on few cores.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
