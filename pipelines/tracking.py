@@ -147,7 +147,13 @@ def _connect(tracking: TrackingConfig) -> tuple[Any, str]:
         experiment = client.get_experiment_by_name(tracking.experiment)
         if experiment is not None:
             return client, str(experiment.experiment_id)
-        return client, str(client.create_experiment(tracking.experiment, artifact_location=_artifacts(tracking.uri)))
+        # Without the tag MLflow's page guesses, and shows prompts and traces where losses belong.
+        made = client.create_experiment(
+            tracking.experiment,
+            artifact_location=_artifacts(tracking.uri),
+            tags={"mlflow.experimentKind": "custom_model_development"},
+        )
+        return client, str(made)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

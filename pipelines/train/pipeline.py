@@ -67,7 +67,15 @@ def train(config: TrainConfig) -> TrainReport:
     cluster.connect(min_cpus=config.scaling.workers * config.scaling.cpus_per_worker)
     tags = {"table": table.uri, "table_version": table.version}
     with open_run(config.tracking, name=config.name, key=f"train:{config.checkpoint.uri}", tags=tags) as run:
-        run.log_params(config.model_dump(mode="json"))
+        run.log_params(
+            {
+                "seed": config.seed,
+                "table": table.uri,
+                "table_version": table.version,
+                "resolutions": [stage.resolution for stage in config.stages],
+                "text_encoder": config.text.encoder,
+            }
+        )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
         _fit(RunContext(config, table.version, run.id, _encode_preview(config)), run, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
@@ -217,7 +225,8 @@ class Watch:
                 key=f"train:{self._config.checkpoint.uri}:{index}",
             )
             self._stages[index] = self._stage_runs.enter_context(opened)
-            self._stages[index].log_params(stage.model_dump(mode="json"))
+            shared = self._config.model_dump(mode="json", include={"data", "text", "model"})
+            self._stages[index].log_params({"stage": stage.model_dump(mode="json"), **shared})
         return self._stages[index]
 
 
