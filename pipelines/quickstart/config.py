@@ -93,7 +93,7 @@ class QuickstartConfig(Config):
             checkpoint=training.CheckpointConfig(uri=self.place("training"), every_images=6_400),
             preview=training.PreviewConfig(captions=PREVIEW_CAPTIONS, **SAMPLING),
             tracking=self.tracking,
-            log_every_steps=25,
+            log_every_steps=10,
         )
 
     def evaluate(self) -> EvaluateConfig:
