@@ -5,17 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"
 TEXT = DOCKERFILE.read_text(encoding="utf-8")
-
-
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
 def test_hadolint_passes():
@@ -32,9 +28,20 @@ def test_each_target_is_not_run_by_root(target):
     assert re.findall(r"^USER (.*)$", stage[1], flags=re.M) == ["1000:1000"]
 
 
-def test_versions_are_those_of_the_constraints():
-    named = dict(re.findall(r"\b([a-z]+)==([0-9.]+)\+cpu", TEXT))
-    assert named == {name: pins()[name] for name in ("torch", "torchvision")}
+def test_every_install_takes_the_pinned_versions_and_real_extras():
+    installs = re.findall(r"pip install (.*(?:\\\n.*)*)", TEXT)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert len(installs) == 2
+    for install in installs:
+        assert "--constraint constraints.txt" in install
+        extras = re.findall(r'"\.\[(.*)\]"', install)
+        assert [set(names.split(",")) for names in extras] == [set(project["optional-dependencies"]) - {"dev"}]
+
+
+def test_python_is_the_one_that_the_versions_are_pinned_for():
+    python = re.search(r"^ARG PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-", TEXT, flags=re.M)
+    assert python is not None
+    assert f"Python {python[1]}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[0]
 
 
 def test_all_that_is_copied_exists_and_reaches_the_builder():
