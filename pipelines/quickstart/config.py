@@ -43,9 +43,9 @@ class QuickstartConfig(Config):
     """What the list's trouble, the order of training and the noise are drawn from."""
     pictures: int | None = Field(default=None, ge=64)
     """Take only so many of the pictures; all 1,905 if empty."""
-    images_16px: int = Field(default=25_600, ge=1)
+    images_16px: int = Field(default=28_800, ge=1)
     """Images to train on at 16 px."""
-    images_32px: int = Field(default=16_000, ge=1)
+    images_32px: int = Field(default=19_200, ge=1)
     """Images to train on at 32 px."""
     num_samples: int = Field(default=256, ge=2)
     """Pictures to make and score in the evaluation."""

@@ -37,7 +37,7 @@ def quickstart(config: QuickstartConfig) -> QuickstartReport:
 
     Raises:
         ConfigError: The port is taken, or `out` holds something else.
-        WorkError: A step failed, or counted otherwise than the server that it fetched from.
+        WorkError: A step failed.
     """
     clock = _Clock()
     with clock.step("corpus"):
@@ -46,10 +46,12 @@ def quickstart(config: QuickstartConfig) -> QuickstartReport:
         refreshed = _refresh(config, corpus)
     with clock.step("embed"):
         embedded = embed(config.embed())
-        _say(f"embed: {embedded.as_dict()}")
+        _say(f"  {embedded.embedded_rows:,} captions encoded, {embedded.rows - embedded.embedded_rows:,} were before")
     with clock.step("train"):
         trained = train(config.train())
-        _say("train: " + ("done" if trained.trained else "nothing left to train"))
+        for stage in trained.stages:
+            _say("  {resolution} px: {images_seen:,} images, loss {loss_first:.3f} to {loss_last:.3f}".format(**stage))
+        _say("  trained" if trained.trained else "  nothing left to train")
     with clock.step("evaluate"):
         evaluated = evaluate(config.evaluate())
         _plot_loss(config, trained)
@@ -60,11 +62,11 @@ def _refresh(config: QuickstartConfig, corpus: Corpus) -> dict[str, Any]:
     with serve(corpus) as server:
         report = refresh(config.refresh(corpus)).as_dict()
     fetched = sum(server.served.values())
-    _say(f"refresh: {report['links']:,} lines of the list became")
+    _say(f"  {report['links']:,} lines of the list became")
     for outcome in ("ok", "filtered", "failed", "duplicate", "malformed", "unchanged"):
-        _say(f"  {outcome:<10}{report[outcome]:>7,}")
+        _say(f"    {outcome:<12}{report[outcome]:>6,}")
     for reason, count in sorted(report["reasons"].items(), key=lambda item: -item[1]):
-        _say(f"    {reason:<24}{count:>5,}")
+        _say(f"      {reason:<24}{count:>5,}")
     _say(f"  {fetched:,} requests answered; table version {report['table_version']}")
     return report
 
