@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from mdm_core.errors import ConfigError
+from mdm_core.errors import ConfigError, WorkError
 from pipelines.run_config import Config
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -33,8 +33,8 @@ class TrackingConfig(Config):
 class Run:
     """One open MLflow run."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
-        self._client = client
+    def __init__(self, client: Any, run_id: str, tracking: TrackingConfig) -> None:
+        self._client, self._tracking = client, tracking
         self.id = run_id
 
     def log_params(self, values: Mapping[str, Any]) -> None:
@@ -44,32 +44,32 @@ class Run:
         known = self._client.get_run(self.id).data.params
         params = [Param(k, str(v)) for k, v in _flatten(values).items() if k not in known]
         for first in range(0, len(params), _MAX_PARAMS_A_CALL):
-            self._client.log_batch(self.id, params=params[first : first + _MAX_PARAMS_A_CALL])
+            with _translated(self._tracking):
+                self._client.log_batch(self.id, params=params[first : first + _MAX_PARAMS_A_CALL])
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs numbers at a step; the steps of training are images seen."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._client.log_batch(self.id, metrics=[Metric(k, float(v), now_ms, step) for k, v in values.items()])
+        with _translated(self._tracking):
+            self._client.log_batch(self.id, metrics=[Metric(k, float(v), now_ms, step) for k, v in values.items()])
 
     def log_image(self, image: "np.ndarray[Any, Any] | Image.Image", key: str, step: int = 0) -> None:
         """Logs a picture; those of one key form a series with a step slider."""
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        self._client.log_image(self.id, picture, key=key, step=step)
+        with _translated(self._tracking):
+            self._client.log_image(self.id, picture, key=key, step=step)
 
     def log_file(self, path: str, folder: str = "") -> None:
         """Logs a local file as an artifact."""
-        self._client.log_artifact(self.id, path, folder or None)
+        with _translated(self._tracking):
+            self._client.log_artifact(self.id, path, folder or None)
 
     def log_dict(self, values: Mapping[str, Any], name: str) -> None:
         """Logs a mapping as an artifact; `name` ends in .yaml or .json."""
-        self._client.log_dict(self.id, dict(values), name)
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Sets tags; a tag that stands already takes the new value."""
-        for key, value in tags.items():
-            self._client.set_tag(self.id, key, str(value))
+        with _translated(self._tracking):
+            self._client.log_dict(self.id, dict(values), name)
 
 
 @contextlib.contextmanager
@@ -106,16 +106,27 @@ def open_run(
         _resume(client, run_id, tracking)
         for tag, value in own_tags.items():
             client.set_tag(run_id, tag, value)
-    run = Run(client, run_id)
-    status = "FAILED"
     try:
-        yield run
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+        yield Run(client, run_id, tracking)
+    except BaseException as error:
+        # What went wrong is told, not that MLflow could not be told of it, as on a full disk.
+        with contextlib.suppress(WorkError), _translated(tracking):
+            client.set_terminated(run_id, status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    finally:
-        client.set_terminated(run_id, status=status)
+    with _translated(tracking):
+        client.set_terminated(run_id, status="FINISHED")
+
+
+@contextlib.contextmanager
+def _translated(tracking: TrackingConfig) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise WorkError(f"could not write to {tracking.uri}: {reason}; mend it and run again") from error
 
 
 def metric_history(tracking: TrackingConfig, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -123,6 +134,12 @@ def metric_history(tracking: TrackingConfig, run_id: str, key: str) -> list[tupl
     client, _ = _connect(tracking)
     history = sorted(client.get_metric_history(run_id, key), key=lambda metric: (metric.step, metric.timestamp))
     return list({metric.step: float(metric.value) for metric in history}.items())
+
+
+def run_page(tracking: TrackingConfig, run_id: str) -> str:
+    """Path of the run's charts in MLflow's pages, after the server's address."""
+    _, experiment_id = _connect(tracking)
+    return f"/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?workflowType=machine_learning"
 
 
 def child_runs(tracking: TrackingConfig, parent_run_id: str) -> dict[str, str]:
@@ -147,7 +164,7 @@ def _connect(tracking: TrackingConfig) -> tuple[Any, str]:
         experiment = client.get_experiment_by_name(tracking.experiment)
         if experiment is not None:
             return client, str(experiment.experiment_id)
-        # Without the tag MLflow's page guesses, and shows prompts and traces where losses belong.
+        # Without the tag MLflow's list of experiments opens on prompts and traces, where losses belong.
         made = client.create_experiment(
             tracking.experiment,
             artifact_location=_artifacts(tracking.uri),

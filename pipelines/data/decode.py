@@ -18,8 +18,9 @@ from pipelines.data.config import FiltersConfig, ImageConfig
 from pipelines.data.fetch import Failure
 from pipelines.data.filters import size_reason
 
-# Formats that Pillow reads without running anything else; EPS, for one, would start Ghostscript.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")
+# Formats that Pillow reads without running anything else (EPS, for one, would start Ghostscript), and whose size it
+# tells before it decodes anything (ICO decodes what is inside it when it is opened).
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,15 +65,15 @@ def decode(body: bytes, image: ImageConfig, filters: FiltersConfig) -> Picture |
                 return Failure(reason, outcome="filtered")
             target = target_size(width, height, image)
             pixels = _resize(body, opened, target[::-1] if orientation in _SWAPS_SIDES else target)
+        if orientation in _TRANSPOSED:
+            pixels = pixels.transpose(_TRANSPOSED[orientation])
+        if image.resize == "center_crop":
+            pixels = _center_square(pixels)
+        return Picture(_encode(pixels, image), image.format, *pixels.size, width, height)
     except UnidentifiedImageError:
         return Failure("not_an_image")
     except Exception as error:  # a damaged file raises nearly anything in a decoder
         return Failure("truncated" if _is_cut_short(error) else "corrupt")
-    if orientation in _TRANSPOSED:
-        pixels = pixels.transpose(_TRANSPOSED[orientation])
-    if image.resize == "center_crop":
-        pixels = _center_square(pixels)
-    return Picture(_encode(pixels, image), image.format, *pixels.size, width, height)
 
 
 def target_size(width: int, height: int, image: ImageConfig) -> tuple[int, int]:

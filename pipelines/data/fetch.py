@@ -205,7 +205,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
         return float(value)
     try:
         return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -98,46 +98,29 @@ def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
         waiting.clear()
 
     seen = Counter(dict.fromkeys(OUTCOMES, 0))
-    try:
-        with Progress("refresh", total=plan.num_todo, unit="links") as progress, _quiet_context():
-            committed_s = time.monotonic()
-            for shards in _written(_dataset(config, plan, ledger, num_workers)):
-                waiting.extend(shards)
-                if time.monotonic() - committed_s >= config.run.commit_every_s:
-                    commit_waiting()
-                    committed_s = time.monotonic()
-                for shard in shards:
-                    seen[shard.outcome] += shard.num_rows
-                progress.advance(sum(shard.num_rows for shard in shards), **seen)
-    except KeyboardInterrupt:
-        commit_waiting()
-        raise
+    with Progress("refresh", total=plan.num_todo, unit="links") as progress, _streaming_context():
+        committed_s = time.monotonic()
+        for shards in _written(_dataset(config, plan, ledger, num_workers)):
+            waiting.extend(shards)
+            if time.monotonic() - committed_s >= config.run.commit_every_s:
+                commit_waiting()
+                committed_s = time.monotonic()
+            for shard in shards:
+                seen[shard.outcome] += shard.num_rows
+            progress.advance(sum(shard.num_rows for shard in shards), **seen)
     commit_waiting()
     return tally
 
 
 @contextlib.contextmanager
-def _quiet_context() -> Iterator[None]:
-    """Ray Data's settings for this pipeline: chunks go on as soon as they are read, and progress is told once."""
-    context = ray.data.DataContext.get_current().copy()
-    # A block is given on when it is larger than this; a chunk is one row, and a row is never cut.
-    context.target_max_block_size = 1
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
-    logs = {logging.getLogger(name): level for name, level in levels.items()}
-    before = {log: log.level for log in logs}
-    for log, level in logs.items():
-        log.setLevel(level)
-    try:
-        with ray.data.DataContext.current(context), warnings.catch_warnings():
-            # It takes the one task that reads the list for the only input.
-            warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-            yield
-    finally:
-        for log, level in before.items():
-            log.setLevel(level)
+def _streaming_context() -> Iterator[None]:
+    """Ray Data's settings for this pipeline: chunks go on as soon as they are read."""
+    with cluster.data_context(), warnings.catch_warnings():
+        # A block is given on when it is larger than this; a chunk is one row, and a row is never cut.
+        ray.data.DataContext.get_current().target_max_block_size = 1
+        # It takes the one task that reads the list for the only input.
+        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+        yield
 
 
 def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int) -> ray.data.Dataset:

@@ -1,5 +1,6 @@
 """The sample table: one row per link, in Parquet shards under a Delta log, partitioned by what became of the link."""
 
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -75,9 +76,8 @@ class SampleTable:
             raise ConfigError(f"{uri} is not a table: it has no _delta_log; make one with `mdm refresh`")
         try:
             delta = DeltaTable(uri, version=version, storage_options=options)
-        except DeltaError as error:
-            latest = DeltaTable(uri, storage_options=options).version()
-            raise ConfigError(f"{uri} has no version {version}; the latest is {latest}") from error
+        except (DeltaError, OSError, ValueError) as error:
+            raise _cannot_open(uri, version, options, error) from error
         found = pa.schema(delta.schema().to_arrow())
         missing = [name for name in SCHEMA.names if name not in found.names]
         if missing:
@@ -138,6 +138,17 @@ def create_table(uri: str) -> None:
         )
     except (DeltaError, OSError) as error:
         raise WorkError(f"could not make a table at {uri}: {error}") from error
+
+
+def _cannot_open(uri: str, version: int | None, options: dict[str, str], error: Exception) -> ConfigError:
+    if version is not None:
+        with contextlib.suppress(DeltaError, OSError, ValueError):
+            latest = DeltaTable(uri, storage_options=options).version()
+            return ConfigError(f"{uri} has no version {version}; the latest is {latest}")
+    reason = str(error).splitlines()[0]
+    return ConfigError(
+        f"the log of the table {uri} can't be read: {reason}; restore its _delta_log, or use another URI"
+    )
 
 
 def table_stats(uri: str) -> dict[str, Any]:

@@ -155,6 +155,11 @@ def read_embeddings(folder: str, shard: Shard) -> pa.Table:
 def encode_embeddings(ids: pa.ChunkedArray, embeddings: Sequence[Embedding], info: EncoderInfo) -> bytes:
     """Returns a Parquet file of embeddings, a row a caption."""
     lengths = np.array([len(one) for one in embeddings], np.int32)
+    if int(lengths.sum()) * info.width >= 2**31:
+        raise WorkError(
+            f"{len(lengths)} captions have {int(lengths.sum()) * info.width:,} numbers, and a file of embeddings holds "
+            "2,147,483,647; refresh with a smaller run.shard_rows"
+        )
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * info.width]).astype(np.int32))
     values = pa.array(np.concatenate([one.reshape(-1) for one in embeddings] or [np.empty(0, np.float16)]))
     column = pa.ListArray.from_arrays(offsets, values).cast(_SCHEMA.field("embedding").type)

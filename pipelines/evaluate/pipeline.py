@@ -24,7 +24,7 @@ from pipelines.evaluate import metrics
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.grids import grid_title, picture_grid, png_bytes
 from pipelines.evaluate.prompts import TableRow, by_shard, draw_rows, read_captions
-from pipelines.evaluate.report import EvaluateReport, fingerprint, read_report, write_report
+from pipelines.evaluate.report import EvaluateReport, delete_report, fingerprint, read_report, write_report
 from pipelines.progress import Progress
 from pipelines.tracking import open_run
 from pipelines.train.checkpoint import Checkpoint, open_checkpoint
@@ -89,6 +89,7 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
     # The matrices are small: several threads would wait for each other longer than they work.
     with threadpool_limits(limits=1, user_api="blas"):
         values, intervals = _measure(config, found, prompts, reference)
+    delete_report(out)  # it names grids that are written anew from here on
     grids = _grids(config, checkpoint, found, captions)
     run_id = _log(config, checkpoint, table, wanted, values, grids)
     report = EvaluateReport(

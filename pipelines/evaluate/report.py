@@ -74,6 +74,11 @@ def read_report(out: str, wanted: str) -> EvaluateReport | None:
     return report
 
 
+def delete_report(out: str) -> None:
+    """Deletes the report in the folder `out`, if there is one."""
+    storage.delete(storage.join(out, _FILE))
+
+
 def write_report(out: str, report: EvaluateReport) -> None:
     """Writes the report into the folder `out`; it comes last, after the grids that it names."""
     storage.write_bytes_atomic(storage.join(out, _FILE), json.dumps(asdict(report), indent=1).encode())

@@ -1,8 +1,8 @@
 """The configuration of the quickstart, and the configurations of the commands that it runs."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines import storage
 from pipelines.data import config as data
@@ -54,6 +54,15 @@ class QuickstartConfig(Config):
     cpus_per_worker: int = Field(default=2, ge=1)
     """CPUs of each training process."""
 
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.pictures is not None and self.num_samples + 2 > self.pictures:
+            raise ValueError(
+                f"num_samples={self.num_samples} leaves no real pictures to compare with of pictures={self.pictures}; "
+                f"use num_samples={self.pictures // 2}"
+            )
+        return self
+
     def place(self, *parts: str) -> str:
         """Absolute path of something under `out`."""
         return storage.join(storage.absolute(self.out), *parts)
@@ -73,7 +82,8 @@ class QuickstartConfig(Config):
             filters=data.FiltersConfig(
                 min_side_px=32, caption_words=(1, 64), caption_chars=(1, 500), exact_duplicates=False
             ),
-            run=data.RunConfig(shard_rows=500, commit_every_s=5.0),
+            # What drips today will drip tomorrow: a later run has nothing to wait for.
+            run=data.RunConfig(shard_rows=500, commit_every_s=5.0, retry_failed="none"),
         )
 
     def embed(self) -> EmbedConfig:

@@ -12,12 +12,12 @@ from typing import Any
 from pipelines import storage
 from pipelines.data.pipeline import refresh
 from pipelines.embed.pipeline import embed
-from pipelines.evaluate.grids import loss_plot
+from pipelines.evaluate.grids import loss_plot, png_bytes
 from pipelines.evaluate.pipeline import evaluate
 from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.corpus import Corpus, build_corpus
 from pipelines.quickstart.server import serve
-from pipelines.tracking import child_runs, metric_history, open_run
+from pipelines.tracking import child_runs, metric_history, open_run, run_page
 from pipelines.train.pipeline import TrainReport, train
 
 
@@ -74,12 +74,13 @@ def _refresh(config: QuickstartConfig, corpus: Corpus) -> dict[str, Any]:
 def _plot_loss(config: QuickstartConfig, trained: TrainReport) -> None:
     """Draws loss.png from what MLflow holds of every stage."""
     curves = {}
+    sides = [network.resolution for network in config.train().model.networks]
     for name, run_id in child_runs(config.tracking, trained.run_id).items():
         for stage in config.train().stages:
-            for side in (16, 32):
-                if name == f"stage {stage.resolution} px" and side <= stage.resolution:
+            if name == f"stage {stage.resolution} px":
+                for side in (side for side in sides if side <= stage.resolution):
                     curves[f"{name}: {side} px"] = metric_history(config.tracking, run_id, f"loss_{side}")
-    loss_plot(curves).save(config.place("loss.png"))
+    storage.write_bytes_atomic(config.place("loss.png"), png_bytes(loss_plot(curves)))
 
 
 def _finish(
@@ -102,7 +103,9 @@ def _finish(
     _say("distance to the real pictures (lower is better): " + ", ".join(f"{n} {scores[n]:.4g}" for n in names))
     for name in ("summary.json", "samples_16.png", "samples_32.png", "loss.png"):
         _say(f"  {Path(config.out) / name}")
-    _say(f"look at the run in MLflow:\n  mlflow ui --backend-store-uri {config.tracking.uri}")
+    mlflow = Path(sys.executable).with_name("mlflow")
+    _say(f"look at the run in MLflow:\n  {mlflow} ui --backend-store-uri {config.tracking.uri}")
+    _say(f"  and open http://127.0.0.1:5000{run_page(config.tracking, trained.run_id)}")
     return QuickstartReport(summary)
 
 

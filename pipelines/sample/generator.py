@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.samplers import sample
@@ -46,7 +47,7 @@ class Generator:
             CheckpointError: The checkpoint is damaged.
         """
         checkpoint = open_checkpoint(uri)
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        place = _device(device)
         torch.manual_seed(int(checkpoint.manifest.config["seed"]))
         network = build_network(checkpoint.manifest.matryoshka())
         if weights != "untrained":
@@ -93,6 +94,12 @@ class Generator:
         self, text_emb: Tensor, text_mask: Tensor, *, noise_ids: Sequence[int], seed: int, **sampling: Any
     ) -> list[Pictures]:
         """See `generate`; the captions come encoded, (B, L, D) and (B, L)."""
+        num_timesteps = self._alpha_bars.shape[1] - 1
+        if not 1 <= sampling["num_inference_steps"] <= num_timesteps:
+            raise ConfigError(
+                f"num_inference_steps={sampling['num_inference_steps']} must be between 1 and {num_timesteps}, "
+                "the noise levels that the network was trained with"
+            )
         draws = [np.random.default_rng([seed, number]) for number in noise_ids]
         noise = [
             torch.from_numpy(np.stack([draw.standard_normal((3, side, side), dtype=np.float32) for draw in draws]))
@@ -109,6 +116,16 @@ class Generator:
             **sampling,
         )
         return [_to_uint8(level) for level in x0]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={name} can't be used: {reason}; try auto or cpu") from error
 
 
 def _to_uint8(x0: Tensor) -> Pictures:

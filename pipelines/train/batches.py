@@ -20,6 +20,9 @@ from torch import Tensor
 from pipelines.data.table import SampleTable, Shard
 from pipelines.embed.store import EmbeddingStore
 
+# What is drawn comes first in a seed, so that no two draws share a stream.
+_ORDER, _TIMESTEPS, _SAMPLE = 1, 2, 3
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,7 +59,7 @@ class CanonicalOrder:
         return row
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        draw = np.random.default_rng([self._seed, self._stage, epoch])
+        draw = np.random.default_rng([_ORDER, self._seed, self._stage, epoch])
         shards = draw.permutation(len(self._rows))
         windows = []
         for start in range(0, len(shards), self._window):
@@ -148,7 +151,7 @@ class BatchReader:
 
         (arXiv 2107.00630, appendix I.1.)
         """
-        draw = np.random.default_rng([self._seed, self._stage, step])
+        draw = np.random.default_rng([_TIMESTEPS, self._seed, self._stage, step])
         spread = (draw.random() + np.arange(count) / count) % 1.0
         return torch.from_numpy(draw.permutation((spread * self._num_timesteps).astype(np.int64)))
 
@@ -156,7 +159,7 @@ class BatchReader:
         pictures, captions, ids, noise, dropped = [], [], [], [], []
         for row in rows:
             shard = self._shard(row.shard)
-            draw = np.random.default_rng([self._seed, self._stage, 0, row.number])
+            draw = np.random.default_rng([_SAMPLE, self._seed, self._stage, row.number])
             mirrored = draw.random() < 0.5 and self._flip
             dropped.append(draw.random() < self._drop_prob)
             noise.append([draw.standard_normal((3, side, side), dtype=np.float32) for side in self._resolutions])

@@ -128,8 +128,16 @@ def open_checkpoint(uri: str) -> Checkpoint:
 
 
 def latest_checkpoint(run_uri: str) -> Checkpoint | None:
-    """The newest checkpoint of a run whose files are what its manifest says; damaged ones are named and passed over."""
-    for uri in reversed(list_checkpoints(run_uri)):
+    """The newest checkpoint of a run whose files are what its manifest says; damaged ones are named and passed over.
+
+    Returns:
+        None if the run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: It has some, and none can be used.
+    """
+    found = list_checkpoints(run_uri)
+    for uri in reversed(found):
         try:
             checkpoint = Checkpoint(uri, _read_manifest(uri))
             for name in checkpoint.manifest.files:
@@ -138,6 +146,11 @@ def latest_checkpoint(run_uri: str) -> Checkpoint | None:
             log.warning("%s; going back to the checkpoint before", error)
             continue
         return checkpoint
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints of {run_uri} can be used: they are damaged, or of another version "
+            "of mdm; use that version, or give the run another checkpoint.uri"
+        )
     return None
 
 
@@ -152,7 +165,12 @@ def list_checkpoints(run_uri: str) -> list[str]:
 
 def stage_ends(run_uri: str) -> list[Manifest]:
     """Manifests of the last checkpoint of each finished stage, in order."""
-    manifests = (_read_manifest(uri) for uri in list_checkpoints(run_uri))
+    manifests = []
+    for uri in list_checkpoints(run_uri):
+        try:
+            manifests.append(_read_manifest(uri))
+        except CheckpointError as error:
+            log.warning("%s; its stage is left out of the report", error)
     return [manifest for manifest in manifests if manifest.stage_done]
 
 
@@ -174,4 +192,4 @@ def _read_manifest(uri: str) -> Manifest:
     try:
         return Manifest(**json.loads(storage.read_bytes(storage.join(uri, MANIFEST))))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{uri}/{MANIFEST} is damaged: {error}") from error
+        raise CheckpointError(f"{uri}/{MANIFEST} is damaged, or of another version of mdm: {error}") from error

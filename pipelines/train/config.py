@@ -58,8 +58,6 @@ class NetworkConfig(Config):
     """Attention heads."""
     num_groups: int = Field(default=32, ge=1)
     """Groups of each GroupNorm."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout inside the residual blocks."""
 
 
 class ModelConfig(Config):
@@ -187,6 +185,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
+        if self.preview.captions and self.preview.num_inference_steps > self.model.num_timesteps:
+            raise ValueError(
+                f"preview.num_inference_steps={self.preview.num_inference_steps} must be at most "
+                f"model.num_timesteps={self.model.num_timesteps}"
+            )
         resolutions = [network.resolution for network in self.model.networks]
         for index, stage in enumerate(self.stages):
             where = f"stages.{index}"

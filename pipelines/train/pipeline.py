@@ -1,12 +1,15 @@
 """Training on Ray: one run, its stages one after the other, watched and logged from the driver."""
 
 import contextlib
+import hashlib
+import json
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
+from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -66,7 +69,8 @@ def train(config: TrainConfig) -> TrainReport:
     table = _open_table(config, start)
     cluster.connect(min_cpus=config.scaling.workers * config.scaling.cpus_per_worker)
     tags = {"table": table.uri, "table_version": table.version}
-    with open_run(config.tracking, name=config.name, key=f"train:{config.checkpoint.uri}", tags=tags) as run:
+    key = _key(config, table)
+    with open_run(config.tracking, name=config.name, key=key, tags=tags) as run:
         run.log_params(
             {
                 "seed": config.seed,
@@ -77,7 +81,7 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, _encode_preview(config)), run, start)
+        _fit(RunContext(config, table.version, run.id, _encode_preview(config)), run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 
@@ -92,7 +96,13 @@ def _with_absolute_places(config: TrainConfig) -> TrainConfig:
 
 
 def _check_same_run(config: TrainConfig, start: Checkpoint) -> None:
-    was, now = TrainConfig.model_validate(start.manifest.config).identity(), config.identity()
+    try:
+        was, now = TrainConfig.model_validate(start.manifest.config).identity(), config.identity()
+    except ValidationError as error:
+        raise ConfigError(
+            f"{start.uri} was made by mdm {start.manifest.code_version} with a configuration that this version can't "
+            "read; use that version, or give the run another checkpoint.uri"
+        ) from error
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed:
         raise ConfigError(
@@ -119,7 +129,13 @@ def _encode_preview(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor] | 
     return pad_text(captions, width=encoder.width, length=config.text.max_tokens)
 
 
-def _fit(context: RunContext, run: Run, start: Checkpoint | None) -> None:
+def _key(config: TrainConfig, table: SampleTable) -> str:
+    """What makes two calls the same run in MLflow: the same place, configuration and table version."""
+    identity = json.dumps([config.checkpoint.uri, config.identity(), table.version], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> None:
     config = context.config
     board = ray.remote(Board).options(num_cpus=0).remote()
     seen = 0 if start is None else start.manifest.total_images_seen
@@ -139,7 +155,7 @@ def _fit(context: RunContext, run: Run, start: Checkpoint | None) -> None:
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
         ),
     )
-    with Watch(board, run, config, seen) as watch:
+    with Watch(board, run, key, config, seen) as watch:
         try:
             cluster.call_interruptibly(trainer.fit)
         except ray.train.TrainingFailedError as error:
@@ -165,8 +181,8 @@ class Board:
 class Watch:
     """Shows progress and logs to MLflow what the workers pin to the board, until the block ends."""
 
-    def __init__(self, board: Any, run: Run, config: TrainConfig, images_seen: int) -> None:
-        self._board, self._run, self._config = board, run, config
+    def __init__(self, board: Any, run: Run, key: str, config: TrainConfig, images_seen: int) -> None:
+        self._board, self._run, self._key, self._config = board, run, key, config
         self._before = [0]
         for stage in config.stages:
             self._before.append(self._before[-1] + stage.num_steps * stage.global_batch_size)
@@ -210,10 +226,18 @@ class Watch:
                 self._run.log_metrics({"loss": event["metrics"]["loss"]}, step=total)
                 shown = {"stage_px": self._config.stages[event["stage"]].resolution, "loss": event["metrics"]["loss"]}
                 self._progress.advance(total - self._progress.done, **shown)
-            for side, pictures in event.get("pictures", {}).items():
-                title = f"{self._config.name}: {side} px after {total:,} images"
-                grid = picture_grid(pictures, self._config.preview.captions, title=title)
-                self._run.log_image(grid, key=f"preview_{side}", step=total)
+            if "pictures" in event:
+                self._log_pictures(event, total)
+
+    def _log_pictures(self, event: dict[str, Any], total: int) -> None:
+        """A series a resolution in the stage's run, and one of the finest so far in the run of all stages."""
+        for side, pictures in event["pictures"].items():
+            title = f"{self._config.name}: {side} px after {total:,} images"
+            grid = picture_grid(pictures, self._config.preview.captions, title=title)
+            self._stage(event["stage"]).log_image(grid, key=f"preview_{side}", step=event["images"])
+            begins_later_stage = event["stage"] > 0 and event["images"] == 0
+            if side == self._config.stages[event["stage"]].resolution and not begins_later_stage:
+                self._run.log_image(grid, key="preview", step=total)
 
     def _stage(self, index: int) -> Run:
         if index not in self._stages:
@@ -222,7 +246,7 @@ class Watch:
                 self._config.tracking,
                 name=f"stage {stage.resolution} px",
                 parent_run_id=self._run.id,
-                key=f"train:{self._config.checkpoint.uri}:{index}",
+                key=f"{self._key}:{index}",
             )
             self._stages[index] = self._stage_runs.enter_context(opened)
             shared = self._config.model_dump(mode="json", include={"data", "text", "model"})

@@ -58,7 +58,7 @@ class StageRun:
             context: The run.
             index: The stage, from 0.
             place: This worker.
-            post: Takes events for the driver: metrics, pictures, checkpoints. Called on rank 0 only.
+            post: Takes events for the driver: metrics and pictures. Called on rank 0 only.
         """
         self.context, self.index, self.place, self.post = context, index, place, post
         self.config, self.stage = context.config, context.config.stages[index]
@@ -90,6 +90,8 @@ class StageRun:
         weights = stage.resolution_weights or (1.0,) * len(self.networks.resolutions)
         network = self._distributed(state.network)
         window = LossWindow(self.place)
+        if state.step == 0 and self.place.rank == 0:
+            self._post_pictures()
         for batch in self._batches():
             lr = self._learning_rate()
             with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.place.device.type == "cuda"):
@@ -182,12 +184,14 @@ class StageRun:
     def _save(self, done: bool) -> None:
         if self.place.rank != 0:
             return
-        checkpoint = save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
+        save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
         prune_checkpoints(self.config.checkpoint.uri, stage=self.index, keep=self.config.checkpoint.keep)
-        event: dict[str, Any] = {"stage": self.index, "images": self.images_seen, "checkpoint": checkpoint.uri}
+        self._post_pictures()
+
+    def _post_pictures(self) -> None:
         if self.context.preview_text is not None:
-            event["pictures"] = self._preview(*self.context.preview_text)
-        self.post(event)
+            pictures = self._preview(*self.context.preview_text)
+            self.post({"stage": self.index, "images": self.images_seen, "pictures": pictures})
 
     def _manifest(self, done: bool) -> Manifest:
         before = sum(s.num_steps * s.global_batch_size for s in self.config.stages[: self.index])

@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -171,11 +170,9 @@ def test_a_signal_ends_the_work_with_130_and_one_line(number):
     assert process.stderr is not None
     while process.stderr.readline() != "working\n":
         assert process.poll() is None
-    began_s = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "mdm stats: interrupted; the same command goes on from here\n")
-    assert time.monotonic() - began_s < 10
 
 
 def test_a_reader_that_leaves_early_is_no_fault():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdm_core.errors import ConfigError
+from mdm_core.errors import ConfigError, WorkError
 from pipelines.tracking import TrackingConfig, child_runs, metric_history, open_run
 
 
@@ -79,3 +79,18 @@ def test_a_store_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:
     good = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(ConfigError, match="has no run 0123"), open_run(good, name="x", run_id="0123"):
         pass
+
+
+def test_an_error_is_not_hidden_by_a_store_that_is_gone(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    tracking = TrackingConfig(uri=f"sqlite:///{database}")
+
+    def work() -> None:
+        with open_run(tracking, name="x") as run:
+            database.write_text("overwritten\n" * 1000)
+            with pytest.raises(WorkError, match=r"could not write to sqlite:.*; mend it and run again"):
+                run.log_metrics({"loss": 1.0})
+            raise WorkError("the disk is full")
+
+    with pytest.raises(WorkError, match="the disk is full"):
+        work()

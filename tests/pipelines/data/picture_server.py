@@ -48,6 +48,7 @@ class PictureServer:
         self._troubles: dict[str, Handler] = {
             "/missing": _status(404),
             "/gone": _status(410),
+            "/patience": _status(404, {"Retry-After": "Mon, 01 Jan 99999999999 00:00:00 GMT"}),
             "/forbidden": _status(403),
             "/broken": _status(503),
             "/page": _page,
@@ -170,9 +171,9 @@ class PictureServer:
         return handle
 
 
-def _status(status: int) -> Handler:
+def _status(status: int, headers: dict[str, str] | None = None) -> Handler:
     async def handle(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=status)
+        return web.Response(status=status, headers=headers)
 
     return handle
 

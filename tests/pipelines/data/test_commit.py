@@ -228,6 +228,11 @@ def test_what_is_no_sample_table_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="is not a table"):
         SampleTable.open(str(tmp_path))
+    cut = tmp_path / "cut"
+    write_deltalake(str(cut), pa.table({"x": [1]}))
+    (cut / "_delta_log" / "00000000000000000000.json").write_text('{"add": ')
+    with pytest.raises(ConfigError, match=r"the log of the table .*cut can't be read: .*; restore its _delta_log"):
+        SampleTable.open(str(cut))
     write_deltalake(str(tmp_path / "other"), pa.table({"x": [1]}))
     with pytest.raises(ConfigError, match="not a sample table: it lacks the columns id"):
         Ledger(str(tmp_path / "other"), now_s=0)

@@ -89,6 +89,20 @@ def test_what_is_no_picture_is_not_decoded(body: bytes) -> None:
     assert decode(body, EXACT, ALL) == Failure("not_an_image")
 
 
+def test_icons_are_not_opened_as_they_would_be_decoded_at_once() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (64, 64)).save(buffer, "ICO")
+    assert decode(buffer.getvalue(), EXACT, ALL) == Failure("not_an_image")
+
+
+def test_a_picture_that_its_format_cannot_hold_is_a_failure() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (16_400, 8)).save(buffer, "PNG")
+    wide = ImageConfig(resize="none", format="webp")
+    everything = FiltersConfig(min_side_px=0, max_aspect=1e6)
+    assert decode(buffer.getvalue(), wide, everything) == Failure("corrupt")
+
+
 def test_header_is_checked_before_anything_is_decoded() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

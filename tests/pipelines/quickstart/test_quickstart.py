@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.table import SampleTable
+from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.corpus import Corpus, build_corpus
 from pipelines.tracking import TrackingConfig, child_runs
 from pipelines.train.checkpoint import list_checkpoints
@@ -56,6 +57,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def corpus(runs: dict[str, Any]) -> Corpus:
     return build_corpus(runs["out"] / "corpus", limit=PICTURES)
+
+
+def test_more_samples_than_pictures_are_refused_before_anything_is_trained() -> None:
+    with pytest.raises(
+        ValueError, match=r"num_samples=256 leaves no real pictures .* pictures=200; use num_samples=100"
+    ):
+        QuickstartConfig(pictures=200)
 
 
 def test_the_table_holds_what_the_corpus_serves(runs: dict[str, Any], corpus: Corpus) -> None:

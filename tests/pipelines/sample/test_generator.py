@@ -115,3 +115,11 @@ def test_a_folder_without_checkpoint_and_a_damaged_one_are_named(checkpoint: Che
     (copy / "ema.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has lost its ema\.safetensors"):
         Generator.from_checkpoint(str(copy))
+
+
+def test_more_steps_than_noise_levels_and_unknown_devices_are_refused(checkpoint: Checkpoint) -> None:
+    generator = Generator.from_checkpoint(checkpoint.uri, device="cpu")
+    with pytest.raises(ConfigError, match=r"num_inference_steps=2000 must be between 1 and 1000, the noise levels"):
+        generator.generate(["cat"], noise_ids=[1], seed=0, guidance_scale=1.0, num_inference_steps=2000)
+    with pytest.raises(ConfigError, match=r"device=abacus can't be used: .*; try auto or cpu"):
+        Generator.from_checkpoint(checkpoint.uri, device="abacus")
