@@ -160,6 +160,8 @@ def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> N
             cluster.call_interruptibly(trainer.fit)
         except ray.train.TrainingFailedError as error:
             raise WorkError(watch.last_error or f"training failed: {error}") from error
+    if watch.last_error:
+        raise WorkError(watch.last_error)
 
 
 class Board:
@@ -222,6 +224,7 @@ class Watch:
                 continue
             total = self._before[event["stage"]] + event["images"]
             if "metrics" in event:
+                self.last_error = ""  # a later attempt got past it
                 self._stage(event["stage"]).log_metrics(event["metrics"], step=event["images"])
                 self._run.log_metrics({"loss": event["metrics"]["loss"]}, step=total)
                 shown = {"stage_px": self._config.stages[event["stage"]].resolution, "loss": event["metrics"]["loss"]}

@@ -29,7 +29,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
         train_stages(context, place=place, post=lambda event: board.put.remote(event))
     except MdmError as error:
         ray.get(board.put.remote({"error": str(error)}))
-        raise
+        # Ray would try again what can only end the same way, on a full disk for one. But where others wait for this
+        # worker, nothing else ends them.
+        if place.workers > 1:
+            raise
 
 
 def train_stages(context: RunContext, *, place: Place, post: Post) -> None:

@@ -92,10 +92,11 @@ def test_a_stage_must_fit_the_workers_and_the_networks(table: SampleTable, tmp_p
         run_config(table, tmp_path, stages=[stage])
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_gradients_that_are_not_finite_stop_the_run_and_say_where(
-    ray_cluster: None, table: SampleTable, tmp_path: Path
+    ray_cluster: None, table: SampleTable, tmp_path: Path, workers: int
 ) -> None:
     stage = {"resolution": 8, "images": 800, "global_batch_size": 8, "lr": 1e38}
-    config = run_config(table, tmp_path, stages=[stage], scaling={"workers": 2, "max_failures": 0})
+    config = run_config(table, tmp_path, stages=[stage], scaling={"workers": workers, "max_failures": 0})
     with pytest.raises(WorkError, match=r"the gradients of step \d+ are not finite .* lower the stage's lr"):
         train(config)
