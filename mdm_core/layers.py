@@ -103,7 +103,8 @@ class AttentionBlock(nn.Module):
         if text_mask is None:
             return F.scaled_dot_product_attention(q, k, v)
         some = text_mask.any(dim=1)
-        # A softmax over nothing is NaN: rows without text look at everything, and what they see is dropped.
+        # What a softmax over nothing gives differs from kernel to kernel, NaN among them: rows without text look at
+        # everything, and what they see is dropped.
         visible = (text_mask | ~some[:, None])[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible) * some[:, None, None, None]
 
