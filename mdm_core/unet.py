@@ -115,8 +115,8 @@ class UNet(nn.Module):
         width = self.config.time_width // 4
         dtype = self.temb_layer1.weight.dtype
         emb = self.temb_layer2(F.silu(self.temb_layer1(sinusoid(timestep, width).to(dtype))))
-        if self.config.scale_condition is not None:
-            largest = float(self.config.scale_condition)
+        if self.config.micro_conditions:
+            largest = float(self.config.micro_conditions[0][1])
             value = (
                 torch.full_like(timestep, largest, dtype=torch.float32) if scale is None else scale.clamp(max=largest)
             )
@@ -171,7 +171,7 @@ class UNet(nn.Module):
                 self.lm_proj = nn.Linear(config.text_dim, config.text_proj_dim)
                 self.text_width = config.text_proj_dim
             self.cond_emb = nn.Linear(self.text_width or 0, width, bias=False)
-        if config.scale_condition is not None:
+        if config.micro_conditions:
             layers = nn.ModuleList([nn.Linear(width // 4, width), nn.Linear(width, width)])
             self.cond_layers = nn.ModuleDict({"scale": layers})
 

@@ -35,7 +35,7 @@ def unet_config(values: dict[str, Any], resolution: int, text_dim: int | None) -
         text_dim=text_dim if inner else None,
         text_proj_dim=proj if proj > 0 and inner else None,
         mask_text=bool(values["masked_cross_attention"]),
-        scale_condition=int(micro.split(":")[1]) if micro else None,
+        micro_conditions=((micro.split(":")[0], float(micro.split(":")[1])),) if micro else (),
         mid_blocks=not values["skip_mid_blocks"],
         attention_ffn=values["resnet_config"]["use_attention_ffn"],
         num_groups=values["resnet_config"]["num_groups_norm"],
