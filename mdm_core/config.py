@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from mdm_core.errors import ConfigError
 
-
 TEMPORAL_HEAD_DIM = 32
 """Width of each head of temporal attention, as in the published code."""
 

@@ -5,29 +5,34 @@ embedding. Parameter names follow the published checkpoints, so that their keys 
 """
 
 import math
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdm_core.recompute import conv_after
+
 M = TypeVar("M", bound=nn.Module)
 
 
-def sinusoid(value: Tensor, width: int) -> Tensor:
+def sinusoid(value: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sines, then cosines, of `value` at `width / 2` geometrically spaced frequencies.
 
     Args:
         value: (B,), any range; the networks pass timesteps in [0, N).
         width: Even number of values a row.
+        dtype: Type of the result; computed in float32 at least.
 
     Returns:
-        (B, width) float32 in [-1, 1]; "Attention Is All You Need", section 3.5.
+        (B, width) in [-1, 1]; "Attention Is All You Need", section 3.5.
     """
+    precise = torch.promote_types(dtype, torch.float32)
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=value.device, dtype=torch.float32) * (-math.log(10_000) / half))
-    angles = value.float()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    frequencies = torch.exp(torch.arange(half, device=value.device, dtype=precise) * (-math.log(10_000) / half))
+    angles = value.to(precise)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
 
 
 def zeroed(module: M) -> M:
@@ -35,6 +40,27 @@ def zeroed(module: M) -> M:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the blocks of one network are told besides the picture."""
+
+    time_emb: Tensor
+    """(B, T), after its SiLU."""
+    text: Tensor | None = None
+    """(B, L, D), projected; None where there is no text."""
+    text_mask: Tensor | None = None
+    """(B, L) bool, True = to be seen; None shows every token."""
+    has_text: Tensor | None = None
+    """(B,) bool, False = row without text; None if all have some."""
+    pooled_text: Tensor | None = None
+    """(B, T): the text's part of the time embedding, which a shell adds to its own."""
+
+    def first(self, rows: int) -> "Context":
+        """The same for the first `rows` rows."""
+        fields = {name: value[:rows] for name, value in vars(self).items() if value is not None}
+        return replace(self, **fields)
 
 
 class ResidualBlock(nn.Module):
@@ -51,12 +77,21 @@ class ResidualBlock(nn.Module):
         self.conv3 = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor, time_emb: Tensor) -> Tensor:
-        """(B, C_in, H, W), (B, T) after its SiLU -> (B, C_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.time_layer(time_emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), scale + 1)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return h + (x if self.conv3 is None else self.conv3(x))
+        """(B, C_in, H, W), (B, T) after its SiLU -> (B, C_out, H, W).
+
+        `x` may have a multiple of the rows of `time_emb`: the frames of each clip, one after the other.
+        """
+        h = conv_after(self.conv1, x, norm=self.norm1, activation="silu")
+        modulation = self.time_layer(time_emb)[:, :, None, None]
+        if x.shape[0] != time_emb.shape[0]:
+            modulation = modulation.repeat_interleave(x.shape[0] // time_emb.shape[0], dim=0)
+        scale, shift = modulation.chunk(2, dim=1)
+        if self.dropout.p and self.training:
+            # What is dropped must be the same when it is computed again, so it is kept.
+            h = self.conv2(self.dropout(F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))))
+        else:
+            h = conv_after(self.conv2, h, norm=self.norm2, scale=scale, shift=shift, activation="silu")
+        return h + (x if self.conv3 is None else conv_after(self.conv3, x))
 
 
 class AttentionBlock(nn.Module):
@@ -86,51 +121,97 @@ class AttentionBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """(B, C, H, W), (B, L, D), (B, L) bool -> (B, C, H, W); a row without any real token gets no text."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); a row without text gets none."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H·W, 3C)
-        q, k, v = (self._split_heads(part) for part in qkv.chunk(3, dim=2))
+        qkv = conv_after(self.qkv, x, norm=self.norm).permute(0, 2, 3, 1)  # channels last: what follows are views
+        q, k, v = split_heads(qkv.reshape(batch, height * width, 3 * channels), 3, self.num_heads)
         h = F.scaled_dot_product_attention(q, k, v)
-        if self.has_text and text is not None:
-            h = h + self._attend_to_text(q, text, text_mask)
+        if self.has_text and context.text is not None:
+            h = h + self._attend_to_text(q, context.text, context)
         h = h.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        x = x + self.proj_out(h)
-        return x if self.ffn is None else x + self.ffn(x)
+        x = x + conv_after(self.proj_out, h)
+        if self.ffn is None:
+            return x
+        norm, widen, _, narrow = cast("tuple[nn.GroupNorm, nn.Conv2d, nn.GELU, nn.Conv2d]", tuple(self.ffn))
+        return x + conv_after(narrow, conv_after(widen, x, norm=norm), activation="gelu")
 
-    def _attend_to_text(self, q: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
-        k, v = (self._split_heads(part) for part in self.kv_cond(self.norm_cond(text)).chunk(2, dim=2))
-        if text_mask is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        some = text_mask.any(dim=1)
-        # What a softmax over nothing gives differs from kernel to kernel, NaN among them: rows without text look at
-        # everything, and what they see is dropped.
-        visible = (text_mask | ~some[:, None])[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible) * some[:, None, None, None]
-
-    def _split_heads(self, part: Tensor) -> Tensor:
-        """(B, N, C) -> (B, heads, N, C / heads); the last stride stays 1, which the fused kernel needs."""
-        batch, length, channels = part.shape
-        return part.reshape(batch, length, self.num_heads, channels // self.num_heads).transpose(1, 2).contiguous()
+    def _attend_to_text(self, q: Tensor, text: Tensor, context: Context) -> Tensor:
+        k, v = split_heads(self.kv_cond(self.norm_cond(text)), 2, self.num_heads)
+        mask = None if context.text_mask is None else context.text_mask[:, None, None, :]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return h if context.has_text is None else h * context.has_text[:, None, None, None]
 
 
-class Level(nn.Module):
-    """One level of a UNet's way down, middle or way up: residual blocks, attention after each, a resampling."""
+class TokenAttention(nn.Module):
+    """Self-attention over the tokens of a sequence; zero at the start."""
 
-    def __init__(
-        self, blocks: list[ResidualBlock], attention: list[AttentionBlock], resample: nn.Conv2d | None
-    ) -> None:
+    def __init__(self, width: int, *, num_heads: int, rotary: bool = False) -> None:
         super().__init__()
-        self.num_blocks = len(blocks)
-        self.resnets = nn.ModuleList(blocks)
-        self.attn = nn.ModuleList(attention)
-        self.resample = resample
-        self.attention_per_block = len(attention) // len(blocks)
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj_out = zeroed(nn.Linear(width, width))
+        self.pos_emb = RotaryPositions(width // num_heads) if rotary else None
 
-    def block(self, index: int, x: Tensor, time_emb: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """Residual block `index` and the attention layers after it: (B, C_in, H, W) -> (B, C, H, W)."""
-        x = self.resnets[index](x, time_emb)
-        first = index * self.attention_per_block
-        for attention in self.attn[first : first + self.attention_per_block]:
-            x = attention(x, text, text_mask)
-        return x
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D), (B, L) bool with True = to be seen -> (B, L, D)."""
+        q, k, v = split_heads(self.qkv(self.norm(x)), 3, self.num_heads)
+        if self.pos_emb is not None:
+            q, k = self.pos_emb(q), self.pos_emb(k)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with 4 × the width between them, added to what came in; zero at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), zeroed(nn.Linear(4 * width, width))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, D)."""
+        return x + self.main(x)
+
+
+class TextLayer(nn.Module):
+    """A transformer layer over the text."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = TokenAttention(width, num_heads=8)
+        self.mlp = FeedForward(width)
+
+    def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, L, D), (B, L) bool -> (B, L, D)."""
+        return self.mlp(self.attn(text, mask))
+
+
+class RotaryPositions(nn.Module):
+    """Turns pairs of neighbouring values by an angle that grows with the position (arXiv 2104.09864, section 3.2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        exponents = torch.arange(0, width, 2).float() / width
+        self.freqs = nn.Parameter(10_000**-exponents, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, heads, L, D) -> (B, heads, L, D)."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        angles = torch.arange(x.shape[2], device=x.device, dtype=precise)[:, None] * self.freqs.to(precise)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(3)
+
+
+def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, L, parts · C) -> `parts` views (B, heads, L, C / heads).
+
+    Their last stride is 1: with any other the fused attention kernels silently give way to a slow one.
+    """
+    batch, length, width = x.shape
+    heads = x.reshape(batch, length, parts, num_heads, width // parts // num_heads)
+    return heads.permute(2, 0, 3, 1, 4).unbind(0)
