@@ -1,0 +1,1 @@
+"""Speed and memory, measured against the same work done the straightforward way."""
