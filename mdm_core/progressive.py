@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mdm_core.errors import CheckpointError
 from mdm_core.nested_unet import NestedUNet
+from mdm_core.state import INNER_PREFIX, inner_network, load_state, num_shells
 
 
 @dataclass(frozen=True)
@@ -14,18 +15,21 @@ class Growth:
     """Which of the larger network's keys came from the smaller one, and which start fresh."""
 
     inherited: tuple[str, ...]
+    """Keys of the larger network, in its order."""
     fresh: tuple[str, ...]
+    """The others, in its order: those of the shells, their adapters among them."""
 
 
 def grow(network: NestedUNet, inner_state: Mapping[str, Tensor]) -> Growth:
     """Puts the weights of the previous stage into the inner network of the next.
 
     The adapters are zero at the start, so the grown network's predictions at the inner resolutions are those of the
-    network that the weights came from.
+    network that the weights came from, however many shells are added at once.
 
     Args:
         network: The larger network, freshly built.
-        inner_state: Weights of the network it is nested around.
+        inner_state: Weights of a network that it is nested around, at any depth; of a published checkpoint, its
+            `weights`.
 
     Returns:
         The keys that were inherited and those that start fresh.
@@ -33,19 +37,14 @@ def grow(network: NestedUNet, inner_state: Mapping[str, Tensor]) -> Growth:
     Raises:
         CheckpointError: If a key is missing, left over or of another shape; nothing is loaded then.
     """
-    wanted = network.inner_unet.state_dict()
-    missing, surplus = sorted(wanted.keys() - inner_state.keys()), sorted(inner_state.keys() - wanted.keys())
-    reshaped = [
-        f"{key} is {tuple(inner_state[key].shape)}, wanted {tuple(wanted[key].shape)}"
-        for key in wanted.keys() & inner_state.keys()
-        if wanted[key].shape != inner_state[key].shape
-    ]
-    if missing or surplus or reshaped:
+    own, given = num_shells(network.state_dict()), num_shells(inner_state)
+    inner = inner_network(network, given)
+    if inner is None:
         raise CheckpointError(
-            f"the previous stage's weights don't fit the {network.inner_unet.config.resolution} px network: "
-            f"missing {missing[:3]}, left over {surplus[:3]}, shapes {sorted(reshaped)[:3]}; "
-            "the inner networks of both stages must have the same configuration"
+            f"the previous stage's weights have {given} shell{'s' * (given != 1)} and the network to grow has {own}; "
+            "it needs more of them than the weights have: load weights of the same network with load_state_dict"
         )
-    network.inner_unet.load_state_dict(dict(inner_state))
-    inherited = tuple(f"inner_unet.{key}" for key in wanted)
-    return Growth(inherited, tuple(key for key in network.state_dict() if key not in set(inherited)))
+    load_state(inner, inner_state, what="the previous stage's weights")
+    prefix = INNER_PREFIX * (own - given)
+    inherited = tuple(prefix + key for key in inner.state_dict())
+    return Growth(inherited, tuple(key for key in network.state_dict() if not key.startswith(prefix)))
