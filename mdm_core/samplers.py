@@ -1,97 +1,275 @@
 """Pictures from noise, at all resolutions jointly.
 
-Legend: B pictures, R resolutions (finest first), N noise levels, L text tokens, D width of the text.
+Legend: B pictures, R resolutions (finest first), N noise levels, n steps, r side of a resolution in pixels.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mdm_core.parameterization import add_noise, eps_from_x0, x0_from_v
-from mdm_core.unet import UNet
+from mdm_core.conditioning import Condition
+from mdm_core.denoiser import Denoiser, Network
+from mdm_core.guidance import Guidance
+from mdm_core.noise_schedule import NoiseSchedule
+from mdm_core.parameterization import PredictionType, add_noise, eps_from_x0
+from mdm_core.thresholding import Threshold
 
-Solver = Literal["ddim", "dpmpp_2m"]
+Solver = Literal["ddpm", "ddim", "heun", "dpmpp_2m"]
+Spacing = Literal["trailing", "reference"]
+
+LARGEST_SIGMA = 80.0
+"""Where `heun` begins (arXiv 2206.00364, table 1): its correction grows with sigma and is no use beyond."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are made from noise.
+
+    Raises:
+        ValueError: If fields are out of range or contradict each other.
+    """
+
+    num_inference_steps: int
+    """n, from 1 to N. A step is one call of the network; two, but for the last, with `heun`."""
+    solver: Solver = "dpmpp_2m"
+    """`ddpm`, the ancestral sampler (arXiv 2006.11239, algorithm 2); `ddim` (arXiv 2010.02502, equation 12); `heun`
+    without churn (arXiv 2206.00364, algorithm 1); `dpmpp_2m` (arXiv 2211.01095, algorithm 2)."""
+    eta: float = 0.0
+    """Noise of each step of `ddim`, in [0, 1]: 0 is deterministic, 1 is `ddpm`."""
+    spacing: Spacing = "trailing"
+    """Which noise levels are visited: `trailing` begins at N, the noisiest (arXiv 2305.08891, section 3.3);
+    `reference`, the published code's, begins lower (at 801 of 1,000 with 4 steps)."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Classifier-free guidance."""
+    threshold: Threshold = field(default_factory=Threshold)
+    """What keeps the estimates in [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"solver={self.solver!r} is unknown; use one of {list(get_args(Solver))}")
+        if self.spacing not in get_args(Spacing):
+            raise ValueError(f"spacing={self.spacing!r} is unknown; use one of {list(get_args(Spacing))}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must be between 0 (no noise) and 1 (all of it)")
+        if self.eta > 0 and self.solver != "ddim":
+            raise ValueError(f"eta={self.eta} is of solver='ddim' only, got {self.solver!r}; leave eta at 0")
+
+    @property
+    def noise_share(self) -> float:
+        """The standard deviation of a step's noise, as a part of the ancestral sampler's."""
+        return 1.0 if self.solver == "ddpm" else self.eta
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Where a run of the sampler is."""
+
+    done: int
+    """Steps done."""
+    total: int
+    """Steps in all."""
+    x0: list[Tensor]
+    """The step's estimates of the clean pictures, one (B, 3, r, r) a resolution in [-1, 1]."""
+    x_t: list[Tensor]
+    """What the next step begins with, likewise, in the network's units."""
+
+
 def sample(
-    network: UNet,
+    network: Network,
     noise: list[Tensor],
     *,
-    alpha_bars: Tensor,
-    num_inference_steps: int,
-    text_emb: Tensor | None = None,
-    text_mask: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    solver: Solver = "dpmpp_2m",
-    on_step: Callable[[int, int], None] | None = None,
+    schedule: NoiseSchedule,
+    sampling: Sampling,
+    prediction_type: PredictionType = "v",
+    condition: Condition | None = None,
+    generator: torch.Generator | None = None,
+    step_noise: Sequence[list[Tensor]] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> list[Tensor]:
-    """Denoises every resolution together, from timestep N − 1 down.
+    """Denoises every resolution together, from the noisiest level down.
 
     Args:
-        network: Predicts v; called once a step, on 2B rows when guided.
+        network: Predicts what `prediction_type` says; called on 2B rows where guidance is on.
         noise: One (B, 3, r, r) a resolution, standard normal.
-        alpha_bars: (R, N + 1), as `NoiseSchedule.alpha_bars` gives them.
-        num_inference_steps: Network calls, from 1 to N, spaced evenly from the noisiest timestep ("trailing",
-            arXiv 2305.08891, section 3.3).
-        text_emb: (B, L, D) token embeddings; None samples without text.
-        text_mask: (B, L) bool, True = real token.
-        guidance_scale: w of classifier-free guidance (arXiv 2207.12598): x0_none + w · (x0_text − x0_none); 1 is off.
-        solver: `ddim` (arXiv 2010.02502, equation 12, eta 0) or `dpmpp_2m` (arXiv 2211.01095, algorithm 2).
-        on_step: Called with (steps done, steps in all).
+        schedule: What the network was trained with.
+        sampling: Solver, steps, guidance and threshold.
+        prediction_type: What the network was trained to output.
+        condition: What the pictures show, B rows; None for nothing.
+        generator: Draws the noise of the steps, where the solver adds any; its device must be the noise's.
+        step_noise: That noise itself: for each step but the last one (B, 3, r, r) a resolution.
+        on_step: Called after each step.
 
     Returns:
         One (B, 3, r, r) in [-1, 1] a resolution, finest first.
+
+    Raises:
+        ValueError: If the number of steps, the noise or the guidance don't fit.
     """
-    levels = alpha_bars.shape[1] - 1
-    if not 1 <= num_inference_steps <= levels:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be between 1 and {levels}")
-    entries = [round(levels * (1 - i / num_inference_steps)) for i in range(num_inference_steps + 1)]
-    signals = alpha_bars[:, entries, None, None, None, None].to(noise[0])  # (R, steps + 1, 1, 1, 1, 1)
-    x_t, last_x0 = list(noise), None
-    for i in range(num_inference_steps):
-        x0 = _predict_x0(network, x_t, signals[:, i], entries[i] - 1, text_emb, text_mask, guidance_scale)
-        for r, (now, then) in enumerate(zip(signals[:, i], signals[:, i + 1], strict=True)):
-            estimate = x0[r]
-            if solver == "dpmpp_2m" and last_x0 is not None and entries[i + 1] > 0:
-                estimate = _extrapolate(x0[r], last_x0[r], *signals[r, i - 1 : i + 2])
-            x_t[r] = add_noise(estimate, eps_from_x0(x_t[r], estimate, now), then)
-        last_x0 = x0
-        if on_step is not None:
-            on_step(i + 1, num_inference_steps)
-    return x_t
+    run = SamplerRun(
+        network, noise, schedule=schedule, sampling=sampling, prediction_type=prediction_type, condition=condition
+    )
+    x0 = run.denoise(noise, generator=generator, step_noise=step_noise, on_step=on_step)
+    return [picture.clamp(-1, 1) for picture in x0]
 
 
-def _predict_x0(
-    network: UNet,
-    x_t: list[Tensor],
-    signals: Tensor,
-    timestep: int,
-    text_emb: Tensor | None,
-    text_mask: Tensor | None,
-    guidance_scale: float,
-) -> list[Tensor]:
-    """One (B, 3, r, r) in [-1, 1] a resolution: the guided estimate of the clean pictures."""
-    rows = x_t[0].shape[0]
-    guided = guidance_scale != 1.0 and text_emb is not None
-    if guided:
-        assert text_emb is not None
-        mask = text_emb.new_ones(text_emb.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
-        text_mask = torch.cat([mask, torch.zeros_like(mask)])  # a row without real tokens is unconditional
-        text_emb = torch.cat([text_emb, text_emb])
-        inputs = [torch.cat([x, x]) for x in x_t]
-    else:
-        inputs = x_t
-    timesteps = torch.full((inputs[0].shape[0],), timestep, device=x_t[0].device)
-    estimates = []
-    for x, v, signal in zip(inputs, network(inputs, timesteps, text_emb, text_mask), signals, strict=True):
-        x0 = x0_from_v(x, v, signal)
-        if guided:
-            x0 = torch.lerp(x0[rows:], x0[:rows], guidance_scale)
-        estimates.append(x0.clamp(-1, 1))
-    return estimates
+class SamplerRun:
+    """One way down the noise levels, which `sample` and the editing functions share."""
+
+    def __init__(
+        self,
+        network: Network,
+        like: list[Tensor],
+        *,
+        schedule: NoiseSchedule,
+        sampling: Sampling,
+        prediction_type: PredictionType = "v",
+        condition: Condition | None = None,
+        start: int | None = None,
+        project: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> None:
+        """Makes a run.
+
+        Args:
+            network: See `sample`.
+            like: One (B, 3, r, r) a resolution, finest first, whose shape, type and device the pictures have.
+            schedule: See `sample`.
+            sampling: See `sample`.
+            prediction_type: See `sample`.
+            condition: See `sample`.
+            start: The noise level to begin at, at most N; None for N.
+            project: Applied to each estimate of the clean pictures, in [-1, 1], at all resolutions together.
+        """
+        resolutions = tuple(x.shape[-1] for x in like)
+        self.sampling, self._project = sampling, project
+        self.divisors = schedule.signal_divisors(resolutions)
+        alpha_bars = schedule.alpha_bars(resolutions).to(like[0])
+        sampling.guidance.scales(len(resolutions))
+        self._denoiser = Denoiser(
+            network=network,
+            alpha_bars=alpha_bars,
+            divisors=self.divisors,
+            prediction_type=prediction_type,
+            condition=Condition() if condition is None else condition,
+            guidance=sampling.guidance,
+            threshold=sampling.threshold,
+        )
+        start = schedule.num_timesteps if start is None else start
+        if sampling.solver == "heun":
+            start = min(start, _level_of_sigma(schedule, LARGEST_SIGMA, resolutions[0] / resolutions[-1]))
+        self.levels = noise_levels(start, sampling.num_inference_steps, sampling.spacing)
+        self.signals = alpha_bars[:, self.levels]  # (R, n + 1)
+
+    def denoise(
+        self,
+        x_t: list[Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        step_noise: Sequence[list[Tensor]] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        repeats: int = 1,
+    ) -> list[Tensor]:
+        """The clean pictures, one (B, 3, r, r) a resolution, finest first.
+
+        Args:
+            x_t: Pictures at the first of `levels`, divided by `divisors` and noised.
+            generator: See `sample`.
+            step_noise: See `sample`.
+            on_step: See `sample`.
+            repeats: How often each step but the last is made, going back in between (arXiv 2201.09865, algorithm 1).
+        """
+        total = self.sampling.num_inference_steps
+        if step_noise is not None and len(step_noise) < total - 1:
+            raise ValueError(f"step_noise has {len(step_noise)} entries; {total} steps need {total - 1}")
+        x_t, before = list(x_t), None
+        with torch.no_grad():
+            for i in range(total):
+                again = repeats if i + 1 < total else 1
+                for repeat in range(again):
+                    x0, estimate = self._estimates(x_t, i, before)
+                    x_t = self._move(x_t, estimate, i, generator, None if step_noise is None else step_noise[i:])
+                    if repeat + 1 < again:
+                        x_t = self._go_back(x_t, i, generator)
+                before = x0
+                if on_step is not None:
+                    on_step(StepReport(done=i + 1, total=total, x0=self._scaled(x0), x_t=x_t))
+        return self._scaled(x_t)
+
+    def _estimates(self, x_t: list[Tensor], i: int, before: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The network's estimate of the clean pictures at step i, and the one that the step aims at."""
+        x0 = self._estimate(x_t, self.levels[i])
+        if self.levels[i + 1] == 0:
+            return x0, x0
+        if self.sampling.solver == "dpmpp_2m" and before is not None:
+            pairs = zip(x0, before, self.signals[:, i - 1 : i + 2], strict=True)
+            return x0, [_extrapolate(now, last, *signals) for now, last, signals in pairs]
+        if self.sampling.solver == "heun":
+            ahead = self._estimate(self._move(x_t, x0, i, None, None), self.levels[i + 1])
+            triples = zip(x0, ahead, self.signals[:, i : i + 2], strict=True)
+            return x0, [_heun_corrected(now, then, *signals) for now, then, signals in triples]
+        return x0, x0
+
+    def _estimate(self, x_t: list[Tensor], level: int) -> list[Tensor]:
+        x0 = self._denoiser.estimate(x_t, level)
+        if self._project is None:
+            return x0
+        return [x / divisor for x, divisor in zip(self._project(self._scaled(x0)), self.divisors, strict=True)]
+
+    def _move(
+        self,
+        x_t: list[Tensor],
+        x0: list[Tensor],
+        i: int,
+        generator: torch.Generator | None,
+        step_noise: Sequence[list[Tensor]] | None,
+    ) -> list[Tensor]:
+        """`x_t` at the level after step i, were the clean pictures `x0` (arXiv 2010.02502, equation 12)."""
+        if self.levels[i + 1] == 0:
+            return list(x0)
+        share = self.sampling.noise_share
+        moved = []
+        for r, (x, clean) in enumerate(zip(x_t, x0, strict=True)):
+            now, then = self.signals[r, i], self.signals[r, i + 1]
+            eps = eps_from_x0(x, clean, now)
+            if share == 0:
+                moved.append(add_noise(clean, eps, then))
+                continue
+            variance = share**2 * (1 - now / then) * (1 - then) / (1 - now)
+            draw = _normal(x, generator) if step_noise is None else step_noise[0][r]
+            kept = (1 - then - variance).clamp(min=0).sqrt()
+            moved.append(then.sqrt() * clean + kept * eps + variance.sqrt() * draw)
+        return moved
+
+    def _go_back(self, x_t: list[Tensor], i: int, generator: torch.Generator | None) -> list[Tensor]:
+        """`x_t` at the level before step i again, with fresh noise (arXiv 2201.09865, equation 9)."""
+        ratios = self.signals[:, i] / self.signals[:, i + 1]
+        return [add_noise(x, _normal(x, generator), ratio) for x, ratio in zip(x_t, ratios, strict=True)]
+
+    def _scaled(self, x: list[Tensor]) -> list[Tensor]:
+        """From the network's units to those of pictures."""
+        return [part * divisor for part, divisor in zip(x, self.divisors, strict=True)]
+
+
+def noise_levels(start: int, num_inference_steps: int, spacing: Spacing = "trailing") -> list[int]:
+    """The n + 1 noise levels of a run, from at most `start` down to 0.
+
+    Raises:
+        ValueError: If there are not as many levels as steps.
+    """
+    n = num_inference_steps
+    if not 1 <= n <= start:
+        raise ValueError(f"num_inference_steps={n} must be between 1 and {start}, the noise levels there are")
+    if spacing == "reference":
+        return [round((n - i) * ((start + 1) / (n + 1))) for i in range(n + 1)]
+    return [round(start * (1 - i / n)) for i in range(n + 1)]
+
+
+def _level_of_sigma(schedule: NoiseSchedule, sigma: float, resolution_ratio: float) -> int:
+    """The noisiest level at which √((1 − alpha_bar) ÷ alpha_bar) is at most `sigma`."""
+    log_snr = -2 * torch.tensor(sigma, dtype=torch.float64).log()
+    return max(1, int(schedule.t_at(log_snr, resolution_ratio) * schedule.num_timesteps + 1e-6))
 
 
 def _extrapolate(x0: Tensor, last_x0: Tensor, before: Tensor, now: Tensor, then: Tensor) -> Tensor:
@@ -107,3 +285,17 @@ def _extrapolate(x0: Tensor, last_x0: Tensor, before: Tensor, now: Tensor, then:
     log_snr = [torch.log(signal / (1 - signal)) for signal in (before, now, then)]
     ratio = (log_snr[2] - log_snr[1]) / (log_snr[1] - log_snr[0])
     return torch.lerp(last_x0, x0, 1 + ratio / 2)
+
+
+def _heun_corrected(x0: Tensor, x0_ahead: Tensor, now: Tensor, then: Tensor) -> Tensor:
+    """The estimate with which a plain step lands where Heun's averaged slope does.
+
+    With x = x_t ÷ √alpha_bar and sigma = √((1 − alpha_bar) ÷ alpha_bar) the slope is (x − x0) ÷ sigma; averaging it
+    over both ends of the step comes to moving towards x0 + (x0_ahead − x0) · sigma_now ÷ (2 · sigma_then).
+    """
+    weight = ((1 - now) / now * then / (1 - then)).sqrt() / 2
+    return torch.lerp(x0, x0_ahead, weight)
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)

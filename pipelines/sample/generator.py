@@ -1,17 +1,19 @@
 """A trained network, ready to make pictures from captions."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdm_core.conditioning import Condition
 from mdm_core.errors import ConfigError
+from mdm_core.guidance import Guidance
 from mdm_core.nested_unet import build_network
 from mdm_core.noise_schedule import NoiseSchedule
-from mdm_core.samplers import sample
+from mdm_core.samplers import Sampling, sample
 from mdm_core.unet import UNet
 from pipelines.text_encoder import TextEncoder, load_text_encoder
 from pipelines.train.batches import pad_text
@@ -26,7 +28,7 @@ class Generator:
     def __init__(self, network: UNet, schedule: NoiseSchedule) -> None:
         self._network = network.eval()
         self._device = next(network.parameters()).device
-        self._alpha_bars = schedule.alpha_bars(network.resolutions).to(self._device)
+        self._schedule = schedule
         self._encoder: TextEncoder | None = None
         self.resolutions = network.resolutions
         self.manifest: Manifest | None = None
@@ -91,13 +93,20 @@ class Generator:
         )
 
     def generate_from_text(
-        self, text_emb: Tensor, text_mask: Tensor, *, noise_ids: Sequence[int], seed: int, **sampling: Any
+        self,
+        text_emb: Tensor,
+        text_mask: Tensor,
+        *,
+        noise_ids: Sequence[int],
+        seed: int,
+        guidance_scale: float,
+        num_inference_steps: int,
     ) -> list[Pictures]:
         """See `generate`; the captions come encoded, (B, L, D) and (B, L)."""
-        num_timesteps = self._alpha_bars.shape[1] - 1
-        if not 1 <= sampling["num_inference_steps"] <= num_timesteps:
+        num_timesteps = self._schedule.num_timesteps
+        if not 1 <= num_inference_steps <= num_timesteps:
             raise ConfigError(
-                f"num_inference_steps={sampling['num_inference_steps']} must be between 1 and {num_timesteps}, "
+                f"num_inference_steps={num_inference_steps} must be between 1 and {num_timesteps}, "
                 "the noise levels that the network was trained with"
             )
         draws = [np.random.default_rng([seed, number]) for number in noise_ids]
@@ -110,10 +119,9 @@ class Generator:
         x0 = sample(
             self._network,
             noise,
-            alpha_bars=self._alpha_bars,
-            text_emb=text_emb.to(self._device),
-            text_mask=text_mask.to(self._device),
-            **sampling,
+            schedule=self._schedule,
+            sampling=Sampling(num_inference_steps=num_inference_steps, guidance=Guidance(scale=guidance_scale)),
+            condition=Condition(text_emb=text_emb.to(self._device), text_mask=text_mask.to(self._device)),
         )
         return [_to_uint8(level) for level in x0]
 

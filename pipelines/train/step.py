@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from mdm_core.ema import PowerEma
 from mdm_core.errors import WorkError
-from mdm_core.loss import LossWeighting, matryoshka_loss
-from mdm_core.parameterization import add_noise, v_target
+from mdm_core.loss import LossWeighting, matryoshka_loss, training_pairs
 from mdm_core.pyramid import build_pyramid
 from mdm_core.unet import UNet
 from pipelines.train.batches import Batch
@@ -75,12 +74,12 @@ def losses(
         weighting: See `matryoshka_loss`.
     """
     x0 = build_pyramid(batch.x0.float() / 127.5 - 1, resolutions)
-    signals = [row[batch.timestep + 1][:, None, None, None] for row in alpha_bars]
-    triples = list(zip(x0, batch.noise, signals, strict=True))
-    x_t = [add_noise(x, eps, s).contiguous(memory_format=torch.channels_last) for x, eps, s in triples]
+    pairs = training_pairs(x0, batch.noise, batch.timestep, alpha_bars=alpha_bars)
+    x_t = [x.contiguous(memory_format=torch.channels_last) for x in pairs.x_t]
     v_hat = network(x_t, batch.timestep, batch.text_emb, batch.text_mask)
-    v = [v_target(x, eps, s) for x, eps, s in triples]
-    return matryoshka_loss(v, v_hat, signals, resolution_weights=resolution_weights, weighting=weighting)
+    return matryoshka_loss(
+        pairs.targets, v_hat, pairs.alpha_bar, resolution_weights=resolution_weights, weighting=weighting
+    )
 
 
 def optimizer_step(state: TrainState, *, lr: float, max_grad_norm: float) -> Tensor:
