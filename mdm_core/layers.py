@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdm_core.recompute import conv_after
+from mdm_core.recompute import conv_after, linear_after
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -137,7 +137,7 @@ class AttentionBlock(nn.Module):
         return x + conv_after(narrow, conv_after(widen, x, norm=norm), activation="gelu")
 
     def _attend_to_text(self, q: Tensor, text: Tensor, context: Context) -> Tensor:
-        k, v = split_heads(self.kv_cond(self.norm_cond(text)), 2, self.num_heads)
+        k, v = split_heads(linear_after(self.kv_cond, text, norm=self.norm_cond), 2, self.num_heads)
         mask = None if context.text_mask is None else context.text_mask[:, None, None, :]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return h if context.has_text is None else h * context.has_text[:, None, None, None]
@@ -156,7 +156,7 @@ class TokenAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D), (B, L) bool with True = to be seen -> (B, L, D)."""
-        q, k, v = split_heads(self.qkv(self.norm(x)), 3, self.num_heads)
+        q, k, v = split_heads(linear_after(self.qkv, x, norm=self.norm), 3, self.num_heads)
         if self.pos_emb is not None:
             q, k = self.pos_emb(q), self.pos_emb(k)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])

@@ -1,11 +1,11 @@
-"""Convolutions that keep less for the backward pass.
+"""Convolutions and linear layers that keep less for the backward pass.
 
 Nearly all memory of a training step is feature maps kept for the backward pass, and two thirds of those are the
 results of a normalisation or a nonlinearity just ahead of a convolution: cheap to compute again from what came before
 them. `conv_after` keeps only that, and computes the rest once more when the gradient arrives; the convolution itself
 is not repeated.
 
-Legend: B batch, C channels, H W height and width.
+Legend: B batch, C channels, H W height and width, L tokens, D their width.
 """
 
 from collections.abc import Callable
@@ -49,26 +49,48 @@ def conv_after(
     Returns:
         (B, C_out, H_out, W_out).
     """
-    norm_parameters = (None, None) if norm is None else (norm.weight, norm.bias)
     plan = _Plan(
         num_groups=0 if norm is None else norm.num_groups,
         activation=activation,
         stride=(conv.stride[0], conv.stride[1]),
         padding=(int(conv.padding[0]), int(conv.padding[1])),
     )
-    arguments = (x, *norm_parameters, scale, shift)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        # The compiler plans its own recomputation.
-        return _convolve(_before(plan, *arguments), conv.weight, conv.bias, plan)
-    return _ConvAfter.apply(plan, *arguments, conv.weight, conv.bias)
+    return _run(plan, x, norm, scale, shift, conv.weight, conv.bias)
+
+
+def linear_after(linear: nn.Linear, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
+    """The linear layer of `norm(x)`, with only `x` kept for the backward pass: (B, L, D) -> (B, L, D_out)."""
+    # Tokens are the positions of a picture in channels-last order, and a linear layer is a 1×1 convolution.
+    picture = x[:, :, None].permute(0, 3, 1, 2)
+    plan = _Plan(layer_norm=norm is not None)
+    y = _run(plan, picture, norm, None, None, linear.weight[:, :, None, None], linear.bias)
+    return y.permute(0, 2, 3, 1)[:, :, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    num_groups: int
-    activation: Activation
-    stride: tuple[int, int]
-    padding: tuple[int, int]
+    layer_norm: bool = False
+    num_groups: int = 0
+    activation: Activation = "none"
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+
+def _run(
+    plan: _Plan,
+    x: Tensor,
+    norm: nn.GroupNorm | nn.LayerNorm | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # The compiler plans its own recomputation.
+        return _convolve(_before(plan, x, norm_weight, norm_bias, scale, shift), weight, bias, plan)
+    result: Tensor = _ConvAfter.apply(plan, x, norm_weight, norm_bias, scale, shift, weight, bias)
+    return result
 
 
 class _ConvAfter(torch.autograd.Function):
@@ -113,6 +135,8 @@ def _before(
 ) -> Tensor:
     if plan.num_groups:
         x = F.group_norm(x, plan.num_groups, norm_weight, norm_bias)
+    if plan.layer_norm:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias).permute(0, 3, 1, 2)
     if scale is not None and shift is not None:
         x = torch.addcmul(shift, x, scale + 1)
     return _ACTIVATIONS[plan.activation](x)
