@@ -1,0 +1,118 @@
+"""What is measured: a network, and the work that is done with it."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mdm_core.config import MatryoshkaConfig
+from mdm_core.errors import ConfigError
+from mdm_core.samplers import Solver
+from pipelines.benchmark.shapes import PresetName, preset, shaped
+from pipelines.run_config import Config
+
+
+class NetworkBenchmarkConfig(Config):
+    """The network of a benchmark, and the machine that it runs on."""
+
+    preset: PresetName = "mdm-64"
+    """Published shape of the network; the number is its finest resolution."""
+    channels: tuple[int, ...] | None = None
+    """Channels of the innermost network, as in 64,128,192, to measure a smaller one; shells shrink in proportion."""
+    resolution: int | None = Field(default=None, ge=4)
+    """Finest resolution in pixels, to measure smaller pictures; the others shrink in proportion."""
+    text_tokens: int = Field(default=128, ge=1)
+    """Tokens of each caption."""
+    text_dim: int | None = Field(default=None, ge=1)
+    """Width of the text embeddings; 384 if channels are given, else the preset's."""
+    text_proj_dim: int | None = Field(default=None, ge=1)
+    """Width they are projected to; 4 × the first channels if channels are given, else the preset's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; auto is the GPU where there is one."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of PyTorch on the CPU; its own choice if empty."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; bfloat16 is autocast, with weights and optimizer in float32."""
+    compile: bool = False
+    """Whether torch.compile is used; for the baseline it never is."""
+    channels_last: bool = True
+    """Whether pictures lie in memory channels last; for the baseline they never do."""
+    against: Literal["none", "plain"] = "none"
+    """What is measured beside it, in turn: plain is the same network and step written the straightforward way."""
+    warmup_steps: int = Field(default=2, ge=0)
+    """Steps ahead of the timed ones."""
+    plan: bool = False
+    """Whether only parameters, FLOPs and memory are worked out, and nothing is run."""
+
+    def matryoshka(self) -> MatryoshkaConfig:
+        """The networks, finest resolution first."""
+        return shaped(
+            preset(self.preset),
+            channels=self.channels,
+            resolution=self.resolution,
+            text_dim=self.text_dim,
+            text_proj_dim=self.text_proj_dim,
+        )
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _split_channels(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = value.split(",")
+        return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else value
+
+    @model_validator(mode="after")
+    def _check_networks(self) -> Self:
+        try:
+            self.matryoshka()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class TrainBenchmarkConfig(NetworkBenchmarkConfig):
+    """Time the training step: forward, loss, backward, clipping, AdamW and the average of the weights."""
+
+    batch: int = Field(default=4, ge=1)
+    """Pictures of a step; they stay in memory."""
+    steps: int = Field(default=5, ge=1)
+    """Timed steps."""
+    checkpoint: tuple[str, ...] = ()
+    """Levels that keep only their input for the backward pass and run twice, as in 64.up.0,64.down.0; all, or none."""
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _split_levels(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return [] if value == "none" else [part.strip() for part in value.split(",")]
+
+    def checkpointed(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The levels meant, of those that the network has.
+
+        Raises:
+            ConfigError: If it has no such level.
+        """
+        if self.checkpoint == ("all",):
+            return names
+        for name in self.checkpoint:
+            if name not in names:
+                raise ConfigError(f"--checkpoint: got {name}; wanted all, none, or some of {', '.join(names)}")
+        return self.checkpoint
+
+
+class SampleBenchmarkConfig(NetworkBenchmarkConfig):
+    """Time the making of pictures from noise."""
+
+    batch: int = Field(default=1, ge=1)
+    """Pictures made at once."""
+    steps: int = Field(default=3, ge=1)
+    """Timed batches, each from noise to pictures."""
+    solver: Solver = "dpmpp_2m"
+    """The sampler."""
+    num_inference_steps: int = Field(default=32, ge=1, le=1000)
+    """Its steps; how often it calls the network is counted."""
+    guidance_scale: float = Field(default=3.0, ge=0)
+    """How much the captions count; 1 is no guidance, which halves the rows that the network sees."""
+    warmup_steps: int = Field(default=1, ge=0)
+    """Batches ahead of the timed ones."""

@@ -1,0 +1,57 @@
+"""The arithmetic that a network asks for, counted on the plain network without running anything.
+
+An FMA is 2 FLOPs. What is computed twice to save memory is not in the figures: they say what the work needs, not what
+a way of doing it spends.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdm_core.config import MatryoshkaConfig
+from pipelines.benchmark.plain import build_plain_network
+
+
+@dataclass(frozen=True)
+class Flops:
+    """For one picture at all resolutions."""
+
+    forward: int
+    forward_backward: int
+
+
+def flops_per_picture(config: MatryoshkaConfig, *, text_tokens: int) -> Flops:
+    """The FLOPs of matrix products and convolutions for one picture and its caption."""
+    with torch.device("meta"):
+        network = build_plain_network(config)
+        x_t, timestep, text_emb, text_mask = empty_inputs(config, batch=1, text_tokens=text_tokens)
+        return count_flops(network, x_t, timestep, text_emb, text_mask)
+
+
+def count_flops(network: nn.Module, *inputs: object) -> Flops:
+    """The FLOPs of one call of `network` (a tensor or a list of them comes out), and of that with its gradients."""
+    with FlopCounterMode(display=False) as counter:
+        outputs = network(*inputs)
+        forward = counter.get_total_flops()
+        total(outputs).backward()
+    return Flops(forward, counter.get_total_flops())
+
+
+def empty_inputs(
+    config: MatryoshkaConfig, *, batch: int, text_tokens: int
+) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor | None]:
+    """What a network is called with, its values left open: pictures, timesteps, text and its mask."""
+    x_t = [torch.empty(batch, 3, side, side) for side in config.resolutions]
+    timestep = torch.empty(batch, dtype=torch.int64)
+    if config.text_dim is None:
+        return x_t, timestep, None, None
+    text_emb = torch.empty(batch, text_tokens, config.text_dim)
+    return x_t, timestep, text_emb, torch.empty(batch, text_tokens, dtype=torch.bool)
+
+
+def total(outputs: Tensor | list[Tensor]) -> Tensor:
+    """A number that depends on everything that came out."""
+    parts = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.stack([part.float().sum() for part in parts]).sum()
