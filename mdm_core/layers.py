@@ -196,7 +196,7 @@ class RotaryPositions(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         exponents = torch.arange(0, width, 2).float() / width
-        self.freqs = nn.Parameter(10_000**-exponents, requires_grad=False)
+        self.freqs = nn.Parameter(1 / 10_000**exponents, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, heads, L, D) -> (B, heads, L, D)."""
