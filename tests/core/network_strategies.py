@@ -11,6 +11,7 @@ from torch import Tensor
 from mdm_core.config import TEMPORAL_HEAD_DIM, MatryoshkaConfig, UNetConfig
 
 Video = Literal["none", "tiles", "temporal"]
+VIDEOS: tuple[Video, ...] = ("none", "tiles", "temporal")
 MICROS = {"scale": 32.0, "aesthetic": 0.25, "watermark": 0.01}
 
 
@@ -37,22 +38,22 @@ class Inputs:
 
 
 @st.composite
-def matryoshka_configs(draw: st.DrawFn) -> MatryoshkaConfig:
-    """One to three networks. Their sides are 2 or 4 px inside, and at most 16 px."""
-    side = draw(st.sampled_from([2, 4]))
+def matryoshka_configs(draw: st.DrawFn, shell: Video | None = None) -> MatryoshkaConfig:
+    """One to three networks, of at most 16 px; `shell` is what the shell next to the innermost network must be."""
+    side = draw(st.sampled_from([2, 4] if shell is not None else [2, 4, 8]))
     innermost = draw(innermost_networks(side))
     networks = [innermost]
-    for _ in range(draw(st.integers(0, 2))):
-        shell = draw(shells(networks[0].resolution, innermost))
-        if shell.resolution <= 16:
-            networks.insert(0, shell)
+    for index in range(draw(st.integers(0 if shell is None else 1, 2))):
+        around = draw(shells(networks[0].resolution, innermost, shell if index == 0 else None))
+        if around.resolution <= 16:
+            networks.insert(0, around)
     return MatryoshkaConfig(tuple(networks))
 
 
 @st.composite
 def innermost_networks(draw: st.DrawFn, side: int) -> UNetConfig:
     text = draw(st.sampled_from([None, "plain", "projected", "labels", "projected labels"]))
-    levels = draw(st.integers(1, {2: 2, 4: 3}[side]))
+    levels = draw(st.integers(1, {2: 2, 4: 3, 8: 3}[side]))
     text_dim = draw(st.sampled_from([8, 16])) if text is not None else None
     return UNetConfig(
         resolution=side,
@@ -68,9 +69,9 @@ def innermost_networks(draw: st.DrawFn, side: int) -> UNetConfig:
 
 
 @st.composite
-def shells(draw: st.DrawFn, inner_side: int, innermost: UNetConfig) -> UNetConfig:
-    """A shell around a network of inner_side px; a temporal one needs two levels more to double the side, not one."""
-    video: Video = draw(st.sampled_from(["none", "none", "temporal", "temporal", "tiles"]))
+def shells(draw: st.DrawFn, inner_side: int, innermost: UNetConfig, kind: Video | None) -> UNetConfig:
+    """A shell around a network of inner_side px; a temporal one needs two levels more, not one, to double the side."""
+    video: Video = kind if kind is not None else draw(st.sampled_from(VIDEOS))
     levels = draw(st.sampled_from([3, 3, 1])) if video == "temporal" else draw(st.sampled_from([2, 2, 1, 3]))
     side = inner_side * 2 ** ((levels - 1) // 2 if video == "temporal" else levels - 1)
     fields = draw(levels_of(levels, mid_blocks=False, temporal=video == "temporal"))
@@ -90,7 +91,7 @@ def shells(draw: st.DrawFn, inner_side: int, innermost: UNetConfig) -> UNetConfi
 
 @st.composite
 def common_fields(draw: st.DrawFn) -> dict[str, Any]:
-    names = draw(st.lists(st.sampled_from(sorted(MICROS)), unique=True, max_size=3))
+    names = [name for name in sorted(MICROS) if draw(st.booleans())]
     return {
         "micro_conditions": tuple((name, MICROS[name]) for name in names),
         "attention_ffn": draw(st.booleans()),
@@ -101,17 +102,16 @@ def common_fields(draw: st.DrawFn) -> dict[str, Any]:
 @st.composite
 def levels_of(draw: st.DrawFn, levels: int, mid_blocks: bool, temporal: bool = False) -> dict[str, Any]:
     """The fields that have an entry for each level, and the divisors that must fit the channels."""
-    per_level = st.integers(0, 1) if temporal else st.just(0)
-    over_time = draw(st.lists(per_level, min_size=levels, max_size=levels)) if draw(st.booleans()) else []
-    heads = draw(st.sampled_from([2, 4, 8]))
-    widths = st.sampled_from([8, 16])
+    over_time = draw(st.lists(st.sampled_from([1, 0, 2] if temporal else [0]), min_size=levels, max_size=levels))
+    over_time = over_time if draw(st.sampled_from([True, True, False])) else []
+    widths = st.sampled_from([16, 24])  # two channels or more to a group: torch normalises no single number
     return {
         "channels": tuple(TEMPORAL_HEAD_DIM if any(over_time) else draw(widths) for _ in range(levels)),
         "num_resnets": tuple(draw(st.sampled_from([1, 1, 2])) for _ in range(levels)),
         "num_attention_layers": tuple(draw(st.sampled_from([0, 0, 1, 2])) for _ in range(levels)),
         "num_temporal_layers": tuple(over_time),
         "mid_blocks": mid_blocks,
-        "num_heads": heads,
+        "num_heads": draw(st.sampled_from([2, 4, 8])),
         "num_groups": draw(st.sampled_from([1, 4, 8])),
         "num_attention_groups": draw(st.sampled_from([None, 2, 8])),
     }
@@ -130,16 +130,14 @@ def inputs_of(draw: st.DrawFn, config: MatryoshkaConfig) -> Inputs:
     ]
     timestep = torch.tensor(draw(st.lists(st.integers(0, 999), min_size=batch, max_size=batch)))
     names = sorted({name for network in config.networks for name, _ in network.micro_conditions})
-    given_names = draw(st.lists(st.sampled_from(names), unique=True)) if names else []
-    micros = {
-        name: 2 * MICROS[name] * torch.rand(batch, generator=generator, dtype=torch.float64) for name in given_names
-    }
+    numbers = {name: 2 * MICROS[name] * torch.rand(batch, generator=generator, dtype=torch.float64) for name in names}
+    micros = {name: number for name, number in numbers.items() if draw(st.booleans())}
     return Inputs(seed, x_t, timestep, **draw(texts_of(config.networks[-1], batch, generator)), micros=micros)
 
 
 @st.composite
 def texts_of(draw: st.DrawFn, innermost: UNetConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Text with a mask, without one, or none at all; or labels, of which -1 is none."""
+    """Text with any mask, without one, or none at all; or labels, of which -1 is none."""
     if innermost.text_dim is None:
         return {}
     kinds = ["masked", "masked", "masked", "unmasked", "none"]
@@ -153,14 +151,14 @@ def texts_of(draw: st.DrawFn, innermost: UNetConfig, batch: int, generator: torc
     text_emb = torch.randn(batch, tokens, innermost.text_dim, generator=generator, dtype=torch.float64)
     if kind == "unmasked":
         return {"text_emb": text_emb}
-    counts = draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
-    return {"text_emb": text_emb, "text_mask": torch.arange(tokens) < torch.tensor(counts)[:, None]}
+    mask = [draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(batch)]
+    return {"text_emb": text_emb, "text_mask": torch.tensor(mask)}
 
 
 @st.composite
-def networks_and_inputs(draw: st.DrawFn) -> tuple[MatryoshkaConfig, Inputs]:
-    """A configuration, and inputs that fit it."""
-    config = draw(matryoshka_configs())
+def networks_and_inputs(draw: st.DrawFn, shell: Video | None = None) -> tuple[MatryoshkaConfig, Inputs]:
+    """A configuration, and inputs that fit it; `shell` as in `matryoshka_configs`."""
+    config = draw(matryoshka_configs(shell))
     return config, draw(inputs_of(config))
 
 

@@ -4,7 +4,7 @@
 state's dtype. It shares no code with `mdm_core` but the configuration, so that agreement means something.
 
 Shapes: B rows, C channels, H W sides, L text tokens, D text width, F frames of a clip, N positions or frames.
-A weight `w["conv_in"]` is written `sub(w, "conv_in")`: the entries under that name, the name cut off.
+`sub(w, "conv_in")` is the weights under that name, the name cut off.
 """
 
 import math
@@ -56,9 +56,7 @@ def plain_forward(
     return outputs
 
 
-# A network and the networks inside it.
-
-
+# --- A network and the networks inside it
 def run_network(
     config: MatryoshkaConfig, depth: int, w: Weights, x_t: list[Tensor], fed: Tensor | None, condition: Condition
 ) -> tuple[list[Tensor], Tensor]:
@@ -70,7 +68,7 @@ def run_network(
 
     pictures = untile(x_t[0], outer)
     if net.normalize_input:
-        pictures = pictures / unbiased_std(pictures)
+        pictures = pictures / pictures.std(dim=(1, 2, 3), correction=1, keepdim=True)
     x = tile(conv2d(sub(w, "conv_in"), pictures), outer)
     if fed is not None:
         x = x + fed
@@ -79,11 +77,10 @@ def run_network(
     x = tile(frames, inner)
     inner_outputs: list[Tensor] = []
     if depth + 1 < len(config.networks):
-        inner_rows = len(x_t[1])
         feeds = None
         if net.feed_inner:  # rows that this shell has no picture for feed zeros
             feeds = conv2d(sub(w, "in_adapter"), x)
-            feeds = torch.cat([feeds, feeds.new_zeros(inner_rows - rows, *feeds.shape[1:])])
+            feeds = torch.cat([feeds, feeds.new_zeros(len(x_t[1]) - rows, *feeds.shape[1:])])
         inner_outputs, feature = run_network(config, depth + 1, sub(w, "inner_unet"), x_t[1:], feeds, condition)
         x = x + conv2d(sub(w, "out_adapter"), feature)[:rows]
     elif net.mid_blocks:
@@ -140,9 +137,7 @@ def one_block(net: UNetConfig, level: int, w: Weights, i: int, x: Tensor, emb: T
     return x
 
 
-# Conditioning.
-
-
+# --- Conditioning
 def read_text(
     net: UNetConfig, w: Weights, text_emb: Tensor | None, text_mask: Tensor | None, labels: Tensor | None
 ) -> Text | None:
@@ -161,9 +156,7 @@ def read_text(
     everything = torch.ones_like(real)
     visible = real if net.mask_text else everything
     for i in range(net.num_text_layers):
-        layer = sub(w, f"lm_head.{i}")
-        tokens = attention_1d(sub(layer, "attn"), tokens, num_heads=TEXT_HEADS, visible=visible)
-        tokens = mlp(sub(layer, "mlp"), tokens)
+        tokens = layer_1d(sub(w, f"lm_head.{i}"), tokens, TEXT_HEADS, visible)
     # The published networks with text layers and no mask take the mean over padding too.
     counted = everything if net.num_text_layers > 0 and not net.mask_text else real
     counts = (counted & conditional[:, None]).to(tokens.dtype)
@@ -192,9 +185,7 @@ def sinusoid(value: Tensor, width: int) -> Tensor:
     return torch.stack([a.sin() for a in angles] + [a.cos() for a in angles], dim=1)
 
 
-# Blocks.
-
-
+# --- Blocks
 def residual_block(net: UNetConfig, w: Weights, x: Tensor, emb: Tensor) -> Tensor:
     """x + conv2(SiLU(norm2(conv1(SiLU(norm1 x)))·(1 + scale) + shift)), the time giving each row's scale and shift.
 
@@ -227,17 +218,19 @@ def temporal_layer(net: UNetConfig, w: Weights, x: Tensor, rows: int) -> Tensor:
     small = conv2d(sub(w, "down_conv"), x, stride=2)
     clips = frames_last(small, rows).transpose(1, 2)
     freqs = w["attn.pos_emb.freqs"] if net.rotary_positions else None
-    clips = attention_1d(sub(w, "attn"), clips, num_heads=x.shape[1] // TEMPORAL_HEAD_DIM, freqs=freqs)
-    small = frames_first(mlp(sub(w, "mlp"), clips).transpose(1, 2), small)
+    clips = layer_1d(w, clips, x.shape[1] // TEMPORAL_HEAD_DIM, freqs=freqs)
+    small = frames_first(clips.transpose(1, 2), small)
     return x + conv2d(sub(w, "up_conv"), repeat2d(small, 2))
 
 
-def attention_1d(
+def layer_1d(
     w: Weights, x: Tensor, num_heads: int, visible: Tensor | None = None, freqs: Tensor | None = None
 ) -> Tensor:
-    """x + attention over the N entries of x (B, N, C)."""
-    q, k, v = linear(sub(w, "qkv"), layer_norm(sub(w, "norm"), x)).chunk(3, dim=-1)
-    return x + linear(sub(w, "proj_out"), attend(q, k, v, num_heads, visible, freqs))
+    """x (B, N, C) + attention over its N entries, then that + a feed-forward: a layer over text, or over time."""
+    q, k, v = linear(sub(w, "attn.qkv"), layer_norm(sub(w, "attn.norm"), x)).chunk(3, dim=-1)
+    x = x + linear(sub(w, "attn.proj_out"), attend(q, k, v, num_heads, visible, freqs))
+    h = gelu(linear(sub(w, "mlp.main.1"), layer_norm(sub(w, "mlp.main.0"), x)))
+    return x + linear(sub(w, "mlp.main.3"), h)
 
 
 def attend(
@@ -252,8 +245,7 @@ def attend(
         if visible is not None:
             scores = scores.masked_fill(~visible[:, None, :], -math.inf)
         weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        heads.append(torch.einsum("bnm,bmc->bnc", weights, v_h))
+        heads.append(torch.einsum("bnm,bmc->bnc", weights / weights.sum(dim=-1, keepdim=True), v_h))
     return torch.cat(heads, dim=-1)
 
 
@@ -265,25 +257,14 @@ def rotate(x: Tensor, freqs: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
-def mlp(w: Weights, x: Tensor) -> Tensor:
-    """x + the feed-forward of layers over text and over time."""
-    return x + linear(sub(w, "main.3"), gelu(linear(sub(w, "main.1"), layer_norm(sub(w, "main.0"), x))))
-
-
-# Clips.
-
-
+# --- Clips
 def frame_grids(config: MatryoshkaConfig, depth: int) -> tuple[int, int]:
-    """Frames on a side of the picture that comes in, and of the map for the network inside; 1 where there is no clip.
-
-    A frame is as large as the innermost network's picture. With "tiles" the levels halve the frames' sides, so they
-    are cut as many at the start as are left for the network inside.
-    """
-    net, innermost = config.networks[depth], config.networks[-1]
+    """Frames on a side of the picture that comes in, and of the map for the network inside; 1 without a clip."""
+    net, frame = config.networks[depth], config.networks[-1].resolution
     if net.video == "none":
         return 1, 1
-    inner = config.networks[depth + 1].resolution // innermost.resolution
-    return (inner if net.video == "tiles" else net.resolution // innermost.resolution), inner
+    inner = config.networks[depth + 1].resolution // frame
+    return (net.resolution // frame if net.video == "temporal" else inner), inner  # tiles: the same frames, halved
 
 
 def untile(x: Tensor, side: int) -> Tensor:
@@ -307,9 +288,7 @@ def frames_first(clips: Tensor, like: Tensor) -> Tensor:
     return clips.unflatten(0, (-1, height, width)).permute(0, 4, 3, 1, 2).flatten(0, 1)
 
 
-# Definitions.
-
-
+# --- Definitions
 def sub(w: Weights, name: str) -> Weights:
     """The weights under a name, the name cut off; all of them under the empty name."""
     return {key[len(name) + 1 :]: value for key, value in w.items() if key.startswith(name + ".")} if name else w
@@ -341,22 +320,19 @@ def conv1d(w: Weights, x: Tensor, stride: int = 1) -> Tensor:
 
 
 def group_norm(w: Weights, x: Tensor, groups: int) -> Tensor:
-    """(x - mean) / √(variance + EPS) over each group of neighbouring channels and all positions of a row."""
-    grouped = x.unflatten(1, (groups, -1))
-    centred = grouped - grouped.mean(dim=(2, 3, 4), keepdim=True)
-    normal = (centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + EPS).sqrt()).flatten(1, 2)
+    """Standardised over each group of neighbouring channels and all positions of a row."""
+    normal = standardised(x.unflatten(1, (groups, -1)), (2, 3, 4)).flatten(1, 2)
     return normal * w["weight"][:, None, None] + w["bias"][:, None, None]
 
 
 def layer_norm(w: Weights, x: Tensor) -> Tensor:
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred / (centred.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * w["weight"] + w["bias"]
+    return standardised(x, (-1,)) * w["weight"] + w["bias"]
 
 
-def unbiased_std(x: Tensor) -> Tensor:
-    """√(Σ(x - mean)² / (n - 1)) over the n = C·H·W numbers of each picture."""
-    square_sum = (x - x.mean(dim=(1, 2, 3), keepdim=True)).square().sum(dim=(1, 2, 3), keepdim=True)
-    return (square_sum / (x[0].numel() - 1)).sqrt()
+def standardised(x: Tensor, over: tuple[int, ...]) -> Tensor:
+    """(x - mean) / √(mean of (x - mean)² + EPS)."""
+    centred = x - x.mean(dim=over, keepdim=True)
+    return centred / (centred.square().mean(dim=over, keepdim=True) + EPS).sqrt()
 
 
 def silu(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mdm_core.config import MatryoshkaConfig, UNetConfig
+from mdm_core.apple_config import config_from_apple
 from tests.core.plain_networks import plain_forward
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
@@ -33,48 +33,6 @@ OUTPUTS = {
 }
 
 
-def unet_config(values: dict[str, Any], resolution: int, text_dim: int | None) -> UNetConfig:
-    """Our configuration of one network from the reference's keys; text_dim only for the innermost."""
-    micros = [micro.split(":") for micro in (values["micro_conditioning"] or "").split(",") if micro]
-    temporal, tiles = values["temporal_mode"], values["temporal_spatial_ds"]
-    return UNetConfig(
-        resolution=resolution,
-        channels=tuple(values["resolution_channels"]),
-        num_resnets=tuple(values["num_resnets_per_resolution"]),
-        num_attention_layers=tuple(
-            n if level in values["attention_levels"] else 0 for level, n in enumerate(values["num_attention_layers"])
-        ),
-        time_dim=values["temporal_dim"],
-        text_dim=text_dim,
-        text_proj_dim=values["conditioning_feature_proj_dim"] if text_dim is not None else None,
-        num_text_layers=values["num_lm_head_layers"],
-        mask_text=bool(values["masked_cross_attention"]),
-        micro_conditions=tuple((name, float(default)) for name, default in micros),
-        mid_blocks=not values["skip_mid_blocks"],
-        attention_ffn=values["resnet_config"]["use_attention_ffn"],
-        num_groups=values["resnet_config"]["num_groups_norm"],
-        num_attention_groups=32,
-        normalize_input=not values.get("skip_normalization", True),
-        feed_inner=not values.get("skip_inner_unet_input", False),
-        video=("tiles" if tiles else "temporal") if temporal else "none",
-        num_temporal_layers=tuple(values["num_temporal_attention_layers"] or ()),
-        rotary_positions=values["temporal_positional_encoding"],
-    )
-
-
-def matryoshka_config(case: dict[str, Any], data: dict[str, Tensor]) -> MatryoshkaConfig:
-    """All networks of a case, finest first."""
-    width = case["conditioning_feature_dim_passed"]
-    networks: list[UNetConfig] = []
-    values = case["unet_config"]
-    while values is not None:
-        inner = values.get("inner_config")
-        text_dim = width if inner is None and width > 0 else None
-        networks.append(unet_config(values, data[f"in.x{len(networks)}"].shape[-1], text_dim))
-        values = inner
-    return MatryoshkaConfig(tuple(networks))
-
-
 def recipe_state(case: dict[str, Any]) -> dict[str, Tensor]:
     """The weights, rebuilt from each key's name; rotary frequencies keep their default, 10000^(-i/16)."""
     state = {}
@@ -88,13 +46,14 @@ def recipe_state(case: dict[str, Any]) -> dict[str, Tensor]:
 def run_case(name: str, output: str, state: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The plain network's outputs in one of a case's settings, and the case's numbers."""
     case = CASES[name]
+    width = case["conditioning_feature_dim_passed"]
     data = load_file(REFERENCE / case["file"])
     x_t = [data[key].double() for key in sorted(key for key in data if key.startswith("in.x"))]
     if output == "mixed":
         x_t = [x[:rows] for x, rows in zip(x_t, data["in.mixed_batches"].tolist(), strict=True)]
     text_emb, text_mask = data.get("in.cond"), data.get("in.mask")
     outputs = plain_forward(
-        matryoshka_config(case, data),
+        config_from_apple(case["unet_config"], text_dim=width if width > 0 else None, resolution=x_t[0].shape[-1]),
         state,
         x_t,
         data["in.times"],
