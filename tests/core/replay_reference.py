@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
             print(f"{name:<36} can't be replayed: {type(error).__name__}: {error}", flush=True)
             failed += 1
             continue
-        good = result.error <= result.tolerance
-        print(f"{name:<36} {result.error:.2e}  tolerance {result.tolerance:.0e}{'' if good else '  FAILED'}", flush=True)
-        failed += not good
+        bad = not result.error <= result.tolerance
+        print(f"{name:<36} {result.error:.2e}  tolerance {result.tolerance:.0e}{'  FAILED' if bad else ''}", flush=True)
+        failed += bad
     print(f"{failed} failed" if failed else "all within their tolerance")
     return 1 if failed else 0
 
