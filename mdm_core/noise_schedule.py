@@ -41,6 +41,8 @@ class NoiseSchedule:
     shift: Shift = "snr"
     """What is divided: `snr` changes alpha_bar; `signal` keeps alpha_bar and divides the picture (see
     `signal_divisor`), so that a finer resolution has less variance as well."""
+    input_divisor: float = 1.0
+    """What pictures of every resolution are divided by besides (arXiv 2301.10972, section 2.2)."""
     beta_start: float = 1e-4
     """First beta of `linear`."""
     beta_end: float = 0.02
@@ -59,6 +61,8 @@ class NoiseSchedule:
             raise ConfigError(f"shift={self.shift!r} is no way to shift; use one of {list(get_args(Shift))}")
         if self.num_timesteps < 1:
             raise ConfigError(f"num_timesteps={self.num_timesteps} must be at least 1")
+        if not self.input_divisor > 0:
+            raise ConfigError(f"input_divisor={self.input_divisor} must be above 0; 1 leaves pictures as they are")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ConfigError(
                 f"beta_start={self.beta_start} and beta_end={self.beta_end} must rise and lie between 0 and 1; "
@@ -79,8 +83,12 @@ class NoiseSchedule:
         Returns:
             (N + 1,) float32, falling from 1 to nearly 0.
         """
-        entries = self._entries()
-        return torch.from_numpy(entries / (entries + (1 - entries) * self._snr_divisor(resolution_ratio))).float()
+        entries, divisor = torch.from_numpy(self._entries()).float(), self._snr_divisor(resolution_ratio)
+        if divisor == 1:
+            return entries
+        # In float32 and this order: near 1 the rounding decides how much noise there is, up to 1 part in 1,000 at the
+        # first levels, and the published networks were trained with this one.
+        return 1 / (1 + 1 / (entries / (1 - entries) / divisor))
 
     def alpha_bars(self, resolutions: tuple[int, ...]) -> Tensor:
         """(R, N + 1): `alpha_bar` of every resolution, in the order given; the last is the innermost."""
@@ -89,10 +97,10 @@ class NoiseSchedule:
     def signal_divisor(self, resolution_ratio: float = 1.0) -> float:
         """What pictures at a resolution are divided by before noise is added (arXiv 2301.10972, section 2.2).
 
-        Always 1 with `shift="snr"`. The published code divides by the ratio itself where it doesn't shift the
-        schedule, which is `shift="signal"` with `shift_power=2`.
+        With `shift="snr"` it depends on `input_divisor` only. The published code divides by the ratio itself where it
+        doesn't shift the schedule, which is `shift="signal"` with `shift_power=2`.
         """
-        return resolution_ratio ** (self.shift_power / 2) if self.shift == "signal" else 1.0
+        return self.input_divisor * (resolution_ratio ** (self.shift_power / 2) if self.shift == "signal" else 1.0)
 
     def signal_divisors(self, resolutions: tuple[int, ...]) -> tuple[float, ...]:
         """`signal_divisor` of every resolution, in the order given; the last is the innermost."""

@@ -57,11 +57,6 @@ class Sampling:
         if self.eta > 0 and self.solver != "ddim":
             raise ValueError(f"eta={self.eta} is of solver='ddim' only, got {self.solver!r}; leave eta at 0")
 
-    @property
-    def noise_share(self) -> float:
-        """The standard deviation of a step's noise, as a part of the ancestral sampler's."""
-        return 1.0 if self.solver == "ddpm" else self.eta
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
@@ -225,21 +220,19 @@ class SamplerRun:
         generator: torch.Generator | None,
         step_noise: Sequence[list[Tensor]] | None,
     ) -> list[Tensor]:
-        """`x_t` at the level after step i, were the clean pictures `x0` (arXiv 2010.02502, equation 12)."""
+        """`x_t` at the level after step i, were the clean pictures `x0`."""
         if self.levels[i + 1] == 0:
             return list(x0)
-        share = self.sampling.noise_share
+        ancestral, eta = self.sampling.solver == "ddpm", self.sampling.eta
         moved = []
         for r, (x, clean) in enumerate(zip(x_t, x0, strict=True)):
             now, then = self.signals[r, i], self.signals[r, i + 1]
-            eps = eps_from_x0(x, clean, now)
-            if share == 0:
-                moved.append(add_noise(clean, eps, then))
+            if not ancestral and eta == 0:
+                moved.append(ddim_step(x, clean, now, then))
                 continue
-            variance = share**2 * (1 - now / then) * (1 - then) / (1 - now)
             draw = _normal(x, generator) if step_noise is None else step_noise[0][r]
-            kept = (1 - then - variance).clamp(min=0).sqrt()
-            moved.append(then.sqrt() * clean + kept * eps + variance.sqrt() * draw)
+            step = ddpm_step(x, clean, now, then, draw) if ancestral else ddim_step(x, clean, now, then, eta, draw)
+            moved.append(step)
         return moved
 
     def _go_back(self, x_t: list[Tensor], i: int, generator: torch.Generator | None) -> list[Tensor]:
@@ -250,6 +243,42 @@ class SamplerRun:
     def _scaled(self, x: list[Tensor]) -> list[Tensor]:
         """From the network's units to those of pictures."""
         return [part * divisor for part, divisor in zip(x, self.divisors, strict=True)]
+
+
+def ddim_step(
+    x_t: Tensor, x0: Tensor, now: Tensor, then: Tensor, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """`x_t` at a less noisy level, were the clean pictures `x0` (arXiv 2010.02502, equation 12).
+
+    Args:
+        x_t: (B, 3, r, r) at alpha_bar `now`.
+        x0: (B, 3, r, r).
+        now: alpha_bar, broadcasting against pictures; below 1.
+        then: alpha_bar after the step, above `now`.
+        eta: Standard deviation of the noise, as a part of the ancestral sampler's.
+        noise: (B, 3, r, r) standard normal; needed where eta is above 0.
+    """
+    eps = eps_from_x0(x_t, x0, now)
+    if eta == 0 or noise is None:
+        return add_noise(x0, eps, then)
+    variance = eta**2 * posterior_variance(now, then)
+    # With eta 1 rounding can leave less than 0 of what was 0.
+    return then.sqrt() * x0 + (1 - then - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * noise
+
+
+def ddpm_step(x_t: Tensor, x0: Tensor, now: Tensor, then: Tensor, noise: Tensor) -> Tensor:
+    """A draw of `x_t` at a less noisy level, given `x0` (arXiv 2006.11239, equation 7); arguments as for `ddim_step`.
+
+    It is `ddim_step` with eta 1 but for rounding, which in float32 is up to 4e-5 either way: 1 − now ÷ then cancels
+    between little noisy levels here, 1 − then − variance between very noisy ones there.
+    """
+    mean = ((1 - now / then) * then.sqrt() * x0 + (now / then).sqrt() * (1 - then) * x_t) / (1 - now)
+    return mean + posterior_variance(now, then).sqrt() * noise
+
+
+def posterior_variance(now: Tensor, then: Tensor) -> Tensor:
+    """The variance of `x_t` at alpha_bar `then`, given it at `now` and x0 (arXiv 2006.11239, equation 7)."""
+    return (1 - now / then) * (1 - then) / (1 - now)
 
 
 def noise_levels(start: int, num_inference_steps: int, spacing: Spacing = "trailing") -> list[int]:
