@@ -6,15 +6,16 @@ from pydantic import Field, field_validator, model_validator
 
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import ConfigError
+from mdm_core.presets import PRESETS
 from mdm_core.samplers import Solver
-from pipelines.benchmark.shapes import PresetName, preset, shaped
+from pipelines.benchmark.shapes import shaped
 from pipelines.run_config import Config
 
 
 class NetworkBenchmarkConfig(Config):
     """The network of a benchmark, and the machine that it runs on."""
 
-    preset: PresetName = "mdm-64"
+    preset: Literal["mdm-64", "mdm-256", "mdm-1024"] = "mdm-64"
     """Published shape of the network; the number is its finest resolution."""
     channels: tuple[int, ...] | None = None
     """Channels of the innermost network, as in 64,128,192, to measure a smaller one; shells shrink in proportion."""
@@ -46,7 +47,7 @@ class NetworkBenchmarkConfig(Config):
     def matryoshka(self) -> MatryoshkaConfig:
         """The networks, finest resolution first."""
         return shaped(
-            preset(self.preset),
+            PRESETS[self.preset].config,
             channels=self.channels,
             resolution=self.resolution,
             text_dim=self.text_dim,
@@ -59,7 +60,7 @@ class NetworkBenchmarkConfig(Config):
         if not isinstance(value, str):
             return value
         parts = value.split(",")
-        return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else value
+        return tuple(int(part) for part in parts) if all(part.strip().isdecimal() for part in parts) else value
 
     @model_validator(mode="after")
     def _check_networks(self) -> Self:
@@ -85,7 +86,7 @@ class TrainBenchmarkConfig(NetworkBenchmarkConfig):
     def _split_levels(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        return [] if value == "none" else [part.strip() for part in value.split(",")]
+        return () if value == "none" else tuple(part.strip() for part in value.split(","))
 
     def checkpointed(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The levels meant, of those that the network has.

@@ -1,44 +1,12 @@
 """The networks that are measured: a published shape, or a smaller one in its proportions."""
 
 from dataclasses import replace
-from typing import Literal
 
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.errors import ConfigError
 
-PresetName = Literal["mdm-64", "mdm-256", "mdm-1024"]
-
 SMALL_TEXT_DIM = 384
 """Width of the text of a smaller network: that of the MiniLM encoder."""
-
-
-def preset(name: str) -> MatryoshkaConfig:
-    """Stand-in until mdm_core.presets is there."""
-    inner = UNetConfig(
-        resolution=64,
-        channels=(256, 512, 768),
-        num_resnets=(2, 2, 2),
-        num_attention_layers=(0, 1, 5),
-        text_dim=2048,
-        text_proj_dim=2048,
-        mask_text=False,
-        micro_conditions=(("scale", 64.0),),
-    )
-    shells = [
-        UNetConfig(
-            resolution=side,
-            channels=channels,
-            num_resnets=(2, 2, 1),
-            num_attention_layers=(0, 0, 0),
-            time_dim=1024,
-            mask_text=False,
-            micro_conditions=(("scale", float(side)),),
-            mid_blocks=False,
-            attention_ffn=False,
-        )
-        for side, channels in ((1024, (32, 32, 64)), (256, (64, 128, 256)))
-    ]
-    return MatryoshkaConfig((*shells, inner)).up_to(int(name.removeprefix("mdm-")))
 
 
 def shaped(
