@@ -96,7 +96,7 @@ def test_reconstruction_is_as_close_as_it_says(length: float, error: float, walk
 
     state = reconstruct(snapshots, length, NUM_STEPS)
     off = state["weight"].numpy() - wanted @ path
-    # White noise: the standard deviation of Σ Δp(s) n(s) is ‖Δp‖. A walk of unit deviation moves little between snapshots.
+    # White noise: the standard deviation of Σ Δp(s) n(s) is ‖Δp‖. A walk of unit deviation, being smooth, fares better.
     assert np.sqrt((off[16:32] ** 2).mean()) < 2 * claimed * np.linalg.norm(wanted)
     assert np.abs(off[:16]).max() < 0.25 * claimed
     np.testing.assert_allclose(off[32:], 0, atol=1e-12)

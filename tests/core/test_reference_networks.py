@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdm_core.config import MatryoshkaConfig, UNetConfig
+from mdm_core.apple_config import config_from_apple
+from mdm_core.config import MatryoshkaConfig
 from mdm_core.nested_unet import build_network
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
@@ -19,38 +20,12 @@ pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference nu
 CASES = ["a_unet", "b_nested", "c_nested2", "e_unet_reallayout", "e3_unet_uncond"]
 
 
-def unet_config(values: dict[str, Any], resolution: int, text_dim: int | None) -> UNetConfig:
-    """Our configuration of one network from the reference's keys."""
-    micro = values["micro_conditioning"]
-    proj = values["conditioning_feature_proj_dim"]
-    inner = not values["skip_cond_emb"]
-    return UNetConfig(
-        resolution=resolution,
-        channels=tuple(values["resolution_channels"]),
-        num_resnets=tuple(values["num_resnets_per_resolution"]),
-        num_attention_layers=tuple(
-            n if level in values["attention_levels"] else 0 for level, n in enumerate(values["num_attention_layers"])
-        ),
-        time_dim=values["temporal_dim"],
-        text_dim=text_dim if inner else None,
-        text_proj_dim=proj if proj > 0 and inner else None,
-        mask_text=bool(values["masked_cross_attention"]),
-        micro_conditions=((micro.split(":")[0], float(micro.split(":")[1])),) if micro else (),
-        mid_blocks=not values["skip_mid_blocks"],
-        attention_ffn=values["resnet_config"]["use_attention_ffn"],
-        num_groups=values["resnet_config"]["num_groups_norm"],
-        normalize_input=not values.get("skip_normalization", True),
-    )
-
-
 def matryoshka_config(case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> MatryoshkaConfig:
     """All networks of a case, finest first."""
     width = case["conditioning_feature_dim_passed"]
-    values, networks = case["unet_config"], []
-    for level in range(len([key for key in inputs if key.startswith("in.x")])):
-        networks.append(unet_config(values, inputs[f"in.x{level}"].shape[-1], width if width > 0 else None))
-        values = values.get("inner_config")
-    return MatryoshkaConfig(tuple(networks))
+    return config_from_apple(
+        case["unet_config"], text_dim=width if width > 0 else None, resolution=inputs["in.x0"].shape[-1]
+    )
 
 
 def recipe_state(case: dict[str, Any]) -> dict[str, torch.Tensor]:
