@@ -5,7 +5,7 @@ Legend: B pictures, R resolutions (finest first), N noise levels, n steps, r sid
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -70,6 +70,15 @@ class StepReport:
     """The step's estimates of the clean pictures, one (B, 3, r, r) a resolution in [-1, 1]."""
     x_t: list[Tensor]
     """What the next step begins with, likewise, in the network's units."""
+
+
+class Stepping(TypedDict, total=False):
+    """What the editing functions hand on to `SamplerRun.denoise`."""
+
+    generator: torch.Generator | None
+    step_noise: Sequence[list[Tensor]] | None
+    on_step: Callable[[StepReport], None] | None
+    repeats: int
 
 
 def sample(
@@ -176,6 +185,8 @@ class SamplerRun:
             repeats: How often each step but the last is made, going back in between (arXiv 2201.09865, algorithm 1).
         """
         total = self.sampling.num_inference_steps
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats} must be at least 1, which makes each step once")
         if step_noise is not None and len(step_noise) < total - 1:
             raise ValueError(f"step_noise has {len(step_noise)} entries; {total} steps need {total - 1}")
         x_t, before = list(x_t), None
