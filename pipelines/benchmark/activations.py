@@ -30,7 +30,9 @@ def planned_activations(
     checkpointed: Iterable[str] = (),
     plain: bool = False,
 ) -> dict[str, int]:
-    """Bytes that one forward pass keeps, by level, finest first; `outside levels` is what is kept between them.
+    """Bytes that one forward pass keeps, by level, finest first.
+
+    `outside levels` is what is kept between them, the inputs of checkpointed levels among it.
 
     Args:
         config: The networks.

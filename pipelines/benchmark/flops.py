@@ -4,11 +4,13 @@ An FMA is 2 FLOPs. What is computed twice to save memory is not in the figures: 
 a way of doing it spends.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from mdm_core.config import MatryoshkaConfig
 from pipelines.benchmark.plain import build_plain_network
@@ -20,6 +22,8 @@ class Flops:
 
     forward: int
     forward_backward: int
+    forward_by_level: dict[str, int]
+    """The part of `forward` that each level has; what is outside of any is not there."""
 
 
 def flops_per_picture(config: MatryoshkaConfig, *, text_tokens: int) -> Flops:
@@ -27,16 +31,34 @@ def flops_per_picture(config: MatryoshkaConfig, *, text_tokens: int) -> Flops:
     with torch.device("meta"):
         network = build_plain_network(config)
         x_t, timestep, text_emb, text_mask = empty_inputs(config, batch=1, text_tokens=text_tokens)
-        return count_flops(network, x_t, timestep, text_emb, text_mask)
+        return count_flops(network, x_t, timestep, text_emb, text_mask, levels=network.levels())
 
 
-def count_flops(network: nn.Module, *inputs: object) -> Flops:
+def count_flops(network: nn.Module, *inputs: object, levels: Mapping[str, nn.Module]) -> Flops:
     """The FLOPs of one call of `network` (a tensor or a list of them comes out), and of that with its gradients."""
+    by_level: dict[str, int] = {}
     with FlopCounterMode(display=False) as counter:
+        hooks = [hook for name, level in levels.items() for hook in _around(name, level, counter, by_level)]
         outputs = network(*inputs)
+        for hook in hooks:
+            hook.remove()
         forward = counter.get_total_flops()
         total(outputs).backward()
-    return Flops(forward, counter.get_total_flops())
+    return Flops(forward, counter.get_total_flops(), by_level)
+
+
+def _around(
+    name: str, level: nn.Module, counter: FlopCounterMode, by_level: dict[str, int]
+) -> tuple[RemovableHandle, RemovableHandle]:
+    """Hooks that write down what a level's forward pass adds to the count."""
+
+    def enter(module: nn.Module, args: object) -> None:
+        by_level[name] = -counter.get_total_flops()
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        by_level[name] += counter.get_total_flops()
+
+    return level.register_forward_pre_hook(enter), level.register_forward_hook(leave)
 
 
 def empty_inputs(

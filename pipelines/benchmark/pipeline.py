@@ -53,7 +53,11 @@ def plan(
         "forward_backward_flops_per_image": flops.forward_backward,
     }
     if isinstance(config, TrainBenchmarkConfig):
-        result |= {"state_bytes": parameters * BYTES_PER_PARAMETER} | saved_bytes(config, networks)
+        again = config.checkpointed(tuple(network.levels()))
+        result |= {
+            "recomputed_flops_per_image": sum(flops.forward_by_level[name] for name in again),
+            "state_bytes": parameters * BYTES_PER_PARAMETER,
+        } | saved_bytes(config, networks)
     return result
 
 

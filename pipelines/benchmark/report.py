@@ -92,6 +92,8 @@ def _headline(result: Mapping[str, Any]) -> str:
     if "forward_flops_per_image" in result:
         parts.append(f"{result['forward_flops_per_image'] / 1e9:,.1f} GFLOP an image forward")
         parts.append(f"{result['forward_backward_flops_per_image'] / 1e12:.3f} TFLOP with the backward pass")
+    if result.get("recomputed_flops_per_image"):
+        parts.append(f"{result['recomputed_flops_per_image'] / 1e9:,.1f} GFLOP once more for --checkpoint")
     return ", ".join(parts)
 
 
