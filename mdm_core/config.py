@@ -196,6 +196,11 @@ class MatryoshkaConfig:
                 f"text width {shell.text_width} of {where} must be the width of the innermost network's text, "
                 f"{innermost.text_width}; set text_dim={innermost.text_width}"
             )
+        if any(shell.num_temporal_layers) and innermost.resolution % 2:
+            raise ConfigError(
+                f"{where} attends over time on frames of half the side, and its frames are {innermost.resolution} px; "
+                "use an innermost network of an even side"
+            )
         if shell.video != "none" and any(shell.num_attention_layers) and shell.text_dim is not None:
             raise ConfigError(f"{where} sees frames one by one and can't attend to text; set text_dim=null")
 

@@ -213,5 +213,5 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     Their last stride is 1: with any other the fused attention kernels silently give way to a slow one.
     """
     batch, length, width = x.shape
-    heads = x.reshape(batch, length, parts, num_heads, width // parts // num_heads)
+    heads = x.contiguous().view(batch, length, parts, num_heads, width // parts // num_heads)
     return heads.permute(2, 0, 3, 1, 4).unbind(0)

@@ -184,7 +184,8 @@ def _is_slow_pointwise(x: Tensor, weight: Tensor, plan: _Plan) -> bool:
     in channels-last order costs nothing.
     """
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[2:] == (1, 1)
         and plan.stride == (1, 1)

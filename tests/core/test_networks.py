@@ -1,4 +1,9 @@
-"""What a user relies on in the networks: growth, text and its absence, bad shapes."""
+"""What a user relies on in the networks: growth, text and its absence, fused kernels, bad shapes."""
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +12,7 @@ from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.nested_unet import NestedUNet, build_network
 from mdm_core.progressive import grow
+from mdm_core.temporal import to_frames, to_grid
 from mdm_core.unet import UNet
 
 INNER = UNetConfig(
@@ -136,3 +142,105 @@ def test_configuration_comes_back_from_its_dictionary() -> None:
     config = MatryoshkaConfig((SHELL, INNER))
     assert MatryoshkaConfig.from_dict(config.to_dict()) == config
     assert config.up_to(8) == MatryoshkaConfig((INNER,))
+
+
+def test_the_whole_network_compiles_into_one_graph() -> None:
+    network = randomised(build_network(MatryoshkaConfig((SHELL, INNER))))
+    arguments = inputs((16, 8))
+    found = []
+    for run in (network, torch.compile(network, backend="eager", fullgraph=True)):
+        network.zero_grad()
+        sum(level.square().mean() for level in run(*arguments)).backward()
+        found.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    for ours, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, ours, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_attention_is_a_fused_kernel(memory_format: torch.memory_format) -> None:
+    network = randomised(build_network(MatryoshkaConfig((SHELL, INNER)))).to(memory_format=memory_format)
+    x_t, timestep, text_emb, text_mask = inputs((16, 8))
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
+        outputs = network([x.contiguous(memory_format=memory_format) for x in x_t], timestep, text_emb, text_mask)
+        sum(level.square().mean() for level in outputs).backward()
+    counts = Counter(event.name for event in profile.function_events if "scaled_dot_product" in event.name)
+    num_layers = 1 + 1 + 2  # down, middle, up; each asks the picture and the text
+    assert counts["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2 * num_layers
+    assert counts["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == 2 * num_layers
+    assert not [name for name in counts if "math" in name]
+
+
+def test_a_label_is_a_text_of_one_token() -> None:
+    config = MatryoshkaConfig((replace(INNER, num_classes=3),))
+    network = randomised(build_network(config))
+    x_t, timestep, *_ = inputs((8,))
+    with torch.no_grad():
+        by_label = network(x_t, timestep, labels=torch.tensor([2, -1]))[0]
+        token = network.label_emb.weight[2].expand(2, 1, -1)
+        by_text = network(x_t, timestep, token, torch.tensor([[True], [False]]))[0]
+        alone = network(x_t, timestep)[0]
+    assert torch.equal(by_label, by_text)
+    torch.testing.assert_close(by_label[1], alone[1])
+    assert (by_label[0] - alone[0]).abs().max() > 1e-3
+
+
+def test_scale_is_clipped_and_other_numbers_are_thousandfold() -> None:
+    network = randomised(
+        build_network(MatryoshkaConfig((replace(INNER, micro_conditions=(("scale", 8.0), ("a", 0.5))),)))
+    )
+    x_t, timestep, *_ = inputs((8,))
+
+    def run(**micros: float) -> torch.Tensor:
+        with torch.no_grad():
+            return network(x_t, timestep, micros={k: torch.full((2,), v) for k, v in micros.items()})[0]
+
+    assert torch.equal(run(), run(scale=8.0, a=0.5))
+    assert torch.equal(run(scale=8.0), run(scale=30.0))
+    assert (run(scale=8.0) - run(scale=4.0)).abs().max() > 1e-3
+    assert (run(a=0.5) - run(a=0.501)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x_t": []}, r"x_t has 0 pictures; wanted one for each resolution \(8,\)"),
+        ({"text_emb": torch.zeros(2, 5, 7)}, "text_emb is 7 wide; the network reads text_dim=12"),
+        ({"labels": torch.zeros(2).long()}, "labels are given to a network without classes"),
+        ({"labels": torch.zeros(2).long(), "text_emb": torch.zeros(2, 5, 12)}, "can't both be given"),
+        ({"micros": {"scael": torch.zeros(2)}}, r"no micro-condition 'scael' in this network; it has \[\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(arguments: dict[str, Any], message: str) -> None:
+    network = build_network(MatryoshkaConfig((INNER,)))
+    x_t, timestep, *_ = inputs((8,))
+    with pytest.raises(ValueError, match=message):
+        network(**{"x_t": x_t, "timestep": timestep, **arguments})
+
+
+def test_frames_lie_row_by_row_on_the_grid() -> None:
+    grid = torch.zeros(2, 1, 4, 6)
+    for clip, row, column in itertools.product(range(2), range(2), range(2)):
+        grid[clip, 0, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3] = 10 * clip + 2 * row + column
+    frames = to_frames(grid, 2)
+    assert frames.shape == (8, 1, 2, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert all((frame == frame[0, 0, 0]).all() for frame in frames)
+    assert torch.equal(to_grid(frames, 2), grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": "temporal"}, "needs an odd number of levels, got 2"),
+        ({"num_temporal_layers": (1, 1)}, 'num_temporal_layers=.1, 1. needs video="temporal", got "none"'),
+        ({"mid_blocks": True}, "the 16 px shell has the network inside it for its middle; set mid_blocks=false"),
+        ({"text_dim": 5}, "text width 5 of the 16 px shell must be .* 16; set text_dim=16"),
+        ({"time_dim": 64}, "time width 64 of the 16 px shell must equal the innermost network's, 32; set time_dim=32"),
+        ({"time_dim": 36}, "time width 36 must be a multiple of 8"),
+        ({"num_classes": 3}, "num_classes=3 needs text_dim"),
+        ({"num_resnets": (1, 0)}, r"num_resnets=\[1, 0\]: each level needs at least one residual block"),
+    ],
+)
+def test_contradictions_of_a_shell_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MatryoshkaConfig((replace(SHELL, **change), INNER))
