@@ -181,13 +181,18 @@ def _check_container(path: Path) -> None:
         raise CheckpointError(f"{path} is no checkpoint: {_guess(head)}")
     try:
         with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            # Compressed, a small file could fill any memory.
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise CheckpointError(f"{path} has compressed parts, which torch.save never writes")
             damaged = archive.testzip()
-            names = archive.namelist()
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile raises many kinds on damaged archives.
         raise CheckpointError(f"{path} is cut short or damaged ({_first_line(error)}); get it again") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} inside it is wrong; get it again")
-    if not any(name.endswith("/data.pkl") for name in names):
+    if not any(part.filename.endswith("/data.pkl") for part in parts):
         raise CheckpointError(f"{path} is no checkpoint: a zip archive, but not one that torch.save wrote")
 
 

@@ -21,7 +21,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors makes files that their owner alone can read.
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.replace(target)

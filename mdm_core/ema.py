@@ -48,11 +48,13 @@ class _Average:
     def _move_towards(self, network: nn.Module, share: float) -> None:
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
-        state = network.state_dict()
+        # Several times as fast as state_dict(), which matters at a thousand tensors every step.
+        state: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+        state |= network.named_buffers(remove_duplicate=False)
         for name, average in self.averages.items():
             if average.is_floating_point():
                 ours.append(average)
-                theirs.append(state[name].detach().to(average.dtype))
+                theirs.append(state[name].to(average.dtype))
             else:
                 average.copy_(state[name])
         torch._foreach_lerp_(ours, theirs, share)

@@ -240,6 +240,15 @@ def test_zip_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
         load_apple_checkpoint(tmp_path / "a.zip")
 
 
+def test_compressed_parts_are_refused(saved: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(saved) as good, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in good.namelist():
+            bomb.writestr(name, bytes(10_000_000) if name.endswith("data/0") else good.read(name))
+    assert (tmp_path / "bomb.pth").stat().st_size < 50_000
+    with pytest.raises(CheckpointError, match=r"compressed parts, which torch\.save never writes"):
+        load_apple_checkpoint(tmp_path / "bomb.pth")
+
+
 def test_damage_anywhere_in_the_file_is_found(saved: Path, tmp_path: Path) -> None:
     whole = saved.read_bytes()
     for position in range(200, len(whole), len(whole) // 20):

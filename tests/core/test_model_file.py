@@ -119,6 +119,11 @@ def test_channels_last_networks_are_saved_in_the_usual_order(saved: Path) -> Non
     assert torch.equal(load_model(saved).network.conv_in.weight, network().conv_in.weight)
 
 
+def test_file_can_be_read_by_whom_the_umask_lets(saved: Path) -> None:
+    (saved.parent / "other").touch()
+    assert saved.stat().st_mode == (saved.parent / "other").stat().st_mode
+
+
 def test_any_reader_of_safetensors_reads_it(saved: Path) -> None:
     assert safetensors.torch.load_file(saved).keys() == network().state_dict().keys()
     with safe_open(saved, "pt") as file:

@@ -151,6 +151,14 @@ def test_strings_read_as_the_lists_they_stand_for() -> None:
     ].num_attention_layers == (0, 0, 0)
 
 
+def test_configuration_inside_a_checkpoint_reads_as_the_file_s() -> None:
+    # As `load_apple_checkpoint` gives args["unet_config"]; building the network has overwritten the text's width.
+    inner = INNERMOST | {"class": "ml_mdm.models.unet.UNetConfig", "conditioning_feature_dim": 2048}
+    inner["resnet_config"] = INNERMOST["resnet_config"] | {"class": "ml_mdm.models.unet.ResNetConfig"}
+    outer = shell(256, [64, 128, 256], inner, **{"class": "ml_mdm.models.nested_unet.NestedUNetConfig"})
+    assert config_from_apple(outer, text_dim=2048, resolution=256) == preset("mdm-256")
+
+
 def test_outer_projection_is_the_width_that_comes_in_further_inside() -> None:
     written = shell(256, [64, 128, 256], INNERMOST, conditioning_feature_proj_dim=1024)
     assert config_from_apple(written, text_dim=4096, resolution=256).text_dim == 1024
