@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.nested_unet import build_network
+from mdm_core.unet import UNet
 from pipelines.benchmark.flops import empty_inputs
-from pipelines.benchmark.plain import build_plain_network
+from pipelines.benchmark.plain import PlainUNet, build_plain_network
 
 OUTSIDE = "outside levels"
 
@@ -45,8 +46,8 @@ def planned_activations(
     """
     names = tuple(checkpointed)
     with FakeTensorMode():
-        network = build_plain_network(config) if plain else build_network(config)
-        if names:
+        network: UNet | PlainUNet = build_plain_network(config) if plain else build_network(config)
+        if isinstance(network, UNet):
             network.checkpoint_levels(names)
         x_t, *others = empty_inputs(config, batch=batch, text_tokens=text_tokens)
         if channels_last and not plain:

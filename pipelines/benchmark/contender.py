@@ -29,7 +29,9 @@ LR, MAX_GRAD_NORM, EMA_LENGTH, EMA_DECAY = 5e-5, 2.0, 0.1, 0.9999
 class Contender(Protocol):
     """Something that is timed."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module:
+        """What it calls."""
 
     def step(self) -> None:
         """Does the work once."""
@@ -124,7 +126,7 @@ class Generation:
         self.network: nn.Module = build_plain_network(networks) if plain else build_network(networks)
         self.network = self.network.to(device).eval()
         if config.channels_last and not plain:
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network = self.network.to(memory_format=torch.channels_last)
         if config.compile and not plain:
             _compile(self.network)
         layout = torch.channels_last if config.channels_last and not plain else torch.contiguous_format
@@ -209,12 +211,12 @@ def _autocast(config: NetworkBenchmarkConfig, device: torch.device) -> Callable[
 
 def _compile(network: nn.Module) -> None:
     """Compiles what the network does when called, and leaves its hooks outside."""
-    network.forward = torch.compile(network.forward)  # type: ignore[method-assign]
+    network.forward = torch.compile(network.forward)
 
 
 def _leave_channels_last(network: nn.Module) -> None:
     """Puts the weights, and the pictures that come in, into NCHW order."""
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network.to(memory_format=torch.contiguous_format)
 
     def relaid(module: nn.Module, args: Any) -> Any:
         return ([x.contiguous() for x in args[0]], *args[1:])

@@ -21,6 +21,7 @@ class Measured:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._label, self._config, self._device = label, config, torch.device(device)
+        self._memory_before = peak_memory_bytes(self._device)
         self._contender = build_contender(label, config, self._device)
         self._calls = NetworkCalls.of(self._contender.network)
 
@@ -37,8 +38,8 @@ class Measured:
         seconds = time.perf_counter() - began_s
         return {"seconds": seconds, "network_calls": self._calls.calls, "network_rows": self._calls.rows}
 
-    def _memory(self) -> int:
-        return peak_memory_bytes(self._device)
+    def _memory(self) -> dict[str, int]:
+        return {"peak_memory_bytes": peak_memory_bytes(self._device), "memory_before_bytes": self._memory_before}
 
     def _kernels(self) -> list[str]:
         kernels = attention_kernels(self._contender.step)

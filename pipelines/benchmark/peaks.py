@@ -49,7 +49,7 @@ def known_peak(name: str, dtype: str, *, tf32: bool) -> float | None:
     return None
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, *, side: int = 1536, repeats: int = 3) -> float:
+def measured_peak(device: torch.device, dtype: torch.dtype, *, side: int = 1024, repeats: int = 10) -> float:
     """FLOP/s of the fastest of a few square matrix products, with the threads that are set."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best_s = float("inf")

@@ -10,7 +10,7 @@ from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
 from pipelines.benchmark.activations import planned_activations
-from pipelines.benchmark.config import NetworkBenchmarkConfig, SampleBenchmarkConfig, TrainBenchmarkConfig
+from pipelines.benchmark.config import SampleBenchmarkConfig, TrainBenchmarkConfig
 from pipelines.benchmark.contender import Label
 from pipelines.benchmark.flops import Flops, flops_per_picture
 from pipelines.benchmark.measuring import Measured
@@ -96,6 +96,8 @@ def _measured(
             label: stack.enter_context(Worker(label, functools.partial(Measured, label, config, str(device))))
             for label in labels
         }
+        for worker in workers.values():
+            worker.ready()
         steps = _in_turn(config, workers)
         memory = {label: worker.ask("memory", doing="after the steps") for label, worker in workers.items()}
         kernels = {
@@ -120,7 +122,7 @@ def _measured(
             steps[label],
             batch=config.batch,
             flops_per_row=a_row,
-            peak_memory_bytes=memory[label],
+            memory=memory[label],
             kernels=kernels[label],
             known_peak=known,
             measured_peak=measured,

@@ -112,7 +112,7 @@ class PlainLevel(nn.Module):
         self.resample = resample
 
     def forward(self, h: Tensor, skips: list[Tensor] | None, context: "PlainContext") -> tuple[Tensor, list[Tensor]]:
-        """The map after the level, and on the way down (`skips` is None) every map; on the way up each block takes one."""
+        """The map after the level, and every map on the way down; on the way up each block takes one of `skips`."""
         maps: list[Tensor] = []
         per_block = len(self.attn) // len(self.resnets)
         for index, block in enumerate(self.resnets):

@@ -11,7 +11,7 @@ def measured_record(
     *,
     batch: int,
     flops_per_row: int,
-    peak_memory_bytes: int,
+    memory: Mapping[str, int],
     kernels: Sequence[str],
     known_peak: float | None,
     measured_peak: float | None,
@@ -22,12 +22,15 @@ def measured_record(
         steps: What each timed step said: `seconds`, `network_calls` and `network_rows`.
         batch: Pictures of a step.
         flops_per_row: FLOPs that the network needs for one row of what it is called with.
-        peak_memory_bytes: The most memory that the process had.
+        memory: `peak_memory_bytes`, the most that the process had, and `memory_before_bytes`, the most before there was
+            a network: on the CPU Python and its libraries.
         kernels: Attention kernels that ran.
         known_peak: FLOP/s of the device by its data sheet; None where it is not known.
         measured_peak: FLOP/s of a matrix product on the same device and threads; None where it was not measured.
     """
-    first, median, third = (float(value) for value in np.quantile([step["seconds"] for step in steps], [0.25, 0.5, 0.75]))
+    first, median, third = (
+        float(value) for value in np.quantile([step["seconds"] for step in steps], [0.25, 0.5, 0.75])
+    )
     flops = flops_per_row * int(np.median([step["network_rows"] for step in steps]))
     flops_per_s = flops / median
     return {
@@ -39,7 +42,7 @@ def measured_record(
         "flops_per_s": flops_per_s,
         "share_of_peak": None if known_peak is None else flops_per_s / known_peak,
         "share_of_measured_peak": None if measured_peak is None else flops_per_s / measured_peak,
-        "peak_memory_bytes": peak_memory_bytes,
+        **memory,
         "network_calls_per_step": int(np.median([step["network_calls"] for step in steps])),
         "attention_kernels": list(kernels),
     }
@@ -112,6 +115,7 @@ def _rows(contenders: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         row("of the device's peak", lambda r: _share(r["share_of_peak"])),
         row("of the measured peak", lambda r: _share(r["share_of_measured_peak"])),
         row("peak memory", lambda r: _bytes(r["peak_memory_bytes"])),
+        row("of it before the network", lambda r: _bytes(r["memory_before_bytes"])),
         row("network calls a step", lambda r: str(r["network_calls_per_step"])),
         row("attention", lambda r: ", ".join(r["attention_kernels"]).replace("_scaled_dot_product_", "") or "unfused"),
     ]
@@ -128,6 +132,7 @@ def _bytes(count: int) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  "
+        + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]

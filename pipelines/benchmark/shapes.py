@@ -60,10 +60,7 @@ def _with_channels(networks: list[UNetConfig], channels: tuple[int, ...]) -> lis
         text_proj_dim=4 * channels[0],
     )
     share = channels[0] / innermost.channels[0]
-    shells = [
-        replace(shell, channels=_scaled(shell, share), time_dim=smaller.time_width)
-        for shell in networks[:-1]
-    ]
+    shells = [replace(shell, channels=_scaled(shell, share), time_dim=smaller.time_width) for shell in networks[:-1]]
     return [*shells, smaller]
 
 

@@ -1,9 +1,10 @@
 """Processes that work in turn, so that what is compared shares the machine's good and bad moments but no memory.
 
-    with Worker("ours", functools.partial(make_ours, config)) as ours, Worker("plain", …) as plain:
-        for _ in range(5):
-            ours.ask("step", doing="in a timed step")
-            plain.ask("step", doing="in a timed step")
+with Worker("ours", functools.partial(make_ours, config)) as ours, Worker("plain", …) as plain:
+    ours.ready(), plain.ready()
+    for _ in range(5):
+        ours.ask("step", doing="in a timed step")
+        plain.ask("step", doing="in a timed step")
 """
 
 import multiprocessing
@@ -27,15 +28,11 @@ class Worker:
     """A process of its own that does one thing at a time, when asked."""
 
     def __init__(self, label: str, make: Callable[[], Answers]) -> None:
-        """Starts the process, and waits until it is ready.
+        """Starts the process.
 
         Args:
             label: What messages call it.
             make: Called in the process; must be picklable.
-
-        Raises:
-            WorkError: If `make` fails, or the process dies.
-            ConfigError: If `make` raises one.
         """
         self._label = label
         context = multiprocessing.get_context("spawn")
@@ -43,11 +40,15 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, make), name=f"benchmark-{label}", daemon=True)
         self._process.start()
         theirs.close()
-        try:
-            self._answer("while it was being built")
-        except BaseException:
-            self.close()
-            raise
+
+    def ready(self) -> None:
+        """Waits until the process has made what answers.
+
+        Raises:
+            WorkError: If that fails, or the process dies.
+            ConfigError: If it raises one.
+        """
+        self._answer("while it was being built")
 
     def ask(self, request: str, *, doing: str) -> Any:
         """The process's answer; `doing` says for messages what it is doing meanwhile, as in `in a timed step`.
@@ -61,24 +62,17 @@ class Worker:
             raise self._death(doing) from None
         return self._answer(doing)
 
-    def close(self) -> None:
-        """Ends the process."""
-        self._connection.close()
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._process.kill()
-        self.close()
+        # Whatever it is doing, nobody waits for it any more.
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._connection.close()
 
     def _answer(self, doing: str) -> Any:
         try:

@@ -15,7 +15,7 @@ def test_a_small_network_keeps_what_is_counted_by_hand():
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 5, 1))
     x = torch.randn(2, 3, 10, 10)
     kept = saved_bytes_by_level(network, lambda: network(x), levels={"first": network[0], "last": network[2]})
-    # The first keeps its input, SiLU (outside the levels) the first's output, the last SiLU's output; floats of 4 bytes.
+    # The first keeps its input, SiLU (outside the levels) the first's output, the last SiLU's output; 4 bytes each.
     assert kept == {"first": 2 * 3 * 100 * 4, "last": 2 * 8 * 100 * 4, OUTSIDE: 2 * 8 * 100 * 4}
 
 

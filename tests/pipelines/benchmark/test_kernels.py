@@ -1,5 +1,7 @@
 """Which attention kernels run."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from pipelines.benchmark.kernels import attention_kernels, check_fused_attention
 from pipelines.benchmark.shapes import shaped
 
 
-def attend(q: torch.Tensor) -> object:
+def attend(q: torch.Tensor) -> Callable[[], object]:
     return lambda: F.scaled_dot_product_attention(q, q, q)
 
 

@@ -1,0 +1,74 @@
+"""The whole command, on networks so small that a step takes milliseconds."""
+
+import json
+from typing import Any
+
+import pytest
+
+from jobs.benchmark import main
+from mdm_core.presets import preset
+from pipelines.benchmark.flops import flops_per_picture
+from pipelines.benchmark.report import table
+from pipelines.benchmark.shapes import shaped
+
+TINY = ["--channels", "32,64", "--resolution", "16", "--text_tokens", "4", "--device", "cpu", "--threads", "1"]
+
+
+def run(capsys, *argv: str) -> tuple[dict[str, Any], str]:
+    assert main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out.splitlines()[-1]), err
+
+
+def check_ratios(result: dict[str, Any]) -> None:
+    ours, plain = result["ours"], result["plain"]
+    assert result["step_ratio"] == plain["step_s"]["median"] / ours["step_s"]["median"]
+    assert result["memory_ratio"] == ours["peak_memory_bytes"] / plain["peak_memory_bytes"]
+    for record in (ours, plain):
+        assert record["step_s"]["first_quartile"] <= record["step_s"]["median"] <= record["step_s"]["third_quartile"]
+        assert record["images_per_s"] == pytest.approx(result["batch"] / record["step_s"]["median"])
+        assert record["flops_per_s"] == pytest.approx(record["flops_per_step"] / record["step_s"]["median"])
+        assert record["memory_before_bytes"] < record["peak_memory_bytes"]
+
+
+def test_training_is_measured_against_the_plain_step(capsys):
+    argv = ["train", *TINY, "--batch", "2", "--steps", "3", "--warmup_steps", "1", "--against", "plain"]
+    result, err = run(capsys, *argv, "--checkpoint", "16.up.0")
+    check_ratios(result)
+    flops = flops_per_picture(shaped(preset("mdm-64"), channels=(32, 64), resolution=16), text_tokens=4)
+    for record in (result["ours"], result["plain"]):
+        assert (record["steps"], record["network_calls_per_step"]) == (3, 1)
+        # What is computed twice is not counted twice.
+        assert record["flops_per_step"] == 2 * flops.forward_backward
+    assert result["ours"]["attention_kernels"] == ["_scaled_dot_product_flash_attention_for_cpu"]
+    assert result["plain"]["attention_kernels"] == []
+    assert result["saved_bytes"] == sum(result["saved_bytes_by_level"].values())
+    assert result["saved_bytes"] < result["saved_bytes_without_checkpoint"] < result["saved_bytes_of_plain"]
+    assert table(result) in err
+
+
+def test_network_calls_of_a_sampler_are_counted(capsys):
+    argv = ["sample", *TINY, "--batch", "2", "--steps", "1", "--warmup_steps", "0", "--against", "plain"]
+    result, _ = run(capsys, *argv, "--solver", "heun", "--num_inference_steps", "3", "--guidance_scale", "2")
+    check_ratios(result)
+    flops = flops_per_picture(shaped(preset("mdm-64"), channels=(32, 64), resolution=16), text_tokens=4)
+    for record in (result["ours"], result["plain"]):
+        # Heun calls twice but in its last step; guidance doubles the rows.
+        assert record["network_calls_per_step"] == 5
+        assert record["flops_per_step"] == 5 * 2 * 2 * flops.forward
+
+
+def test_a_plan_runs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr("pipelines.benchmark.pipeline.Worker", None)
+    result, _ = run(capsys, "train", "--preset", "mdm-1024", "--plan", "true", "--batch", "2", "--checkpoint", "all")
+    assert result["parameters"] == 480_970_057
+    assert result["state_bytes"] == 20 * 480_970_057
+    assert result["forward_flops_per_image"] == pytest.approx(1040.1e9, rel=1e-3)
+    assert 0.95 < result["recomputed_flops_per_image"] / result["forward_flops_per_image"] < 1
+    assert result["saved_bytes"] < result["saved_bytes_without_checkpoint"] / 3
+
+
+def test_without_a_baseline_there_are_no_ratios(capsys):
+    result, _ = run(capsys, "train", *TINY, "--batch", "1", "--steps", "1", "--warmup_steps", "0")
+    assert {"plain", "step_ratio", "memory_ratio"}.isdisjoint(result)
+    assert result["ours"]["network_calls_per_step"] == 1
