@@ -207,7 +207,9 @@ def _gradients(network: UNet) -> dict[str, Tensor]:
 
 def _gradient_norms(network: UNet, norms: Mapping[str, float]) -> dict[str, float]:
     got = _gradients(network)
-    return {f"norm of {name}": abs(float(got[f"grad.{name}"].norm()) - norm) for name, norm in norms.items()}
+    return {
+        f"norm of {name}": _relative(got[f"grad.{name}"].norm(), torch.tensor(norm)) for name, norm in norms.items()
+    }
 
 
 # Sampling runs.
@@ -278,11 +280,18 @@ def _condition(data: Mapping[str, Tensor]) -> Condition:
 
 
 def _compared(got: Mapping[str, Tensor], data: Mapping[str, Tensor], given: set[str]) -> dict[str, float]:
-    """The difference of each stored array; `given` are those that the replay began with."""
+    """The difference of each stored array; `given` are those that the replay began with.
+
+    Pictures are compared absolutely; losses and gradients, which grow with the weighting, relatively above 1.
+    """
     unknown = [key for key in data if key not in got and key not in given and not key.startswith(("eps", "micro."))]
     if unknown:
         raise ValueError(f"stored arrays {unknown} are not known")
-    return {key: _difference(got[key].detach(), data[key]) for key in data if key in got}
+    return {
+        key: (_relative if key.startswith(("loss", "grad", "weights")) else _difference)(got[key].detach(), data[key])
+        for key in data
+        if key in got
+    }
 
 
 def _difference(got: Tensor, wanted: Tensor) -> float:
