@@ -81,6 +81,7 @@ class ResidualBlock(nn.Module):
 
         `x` may have a multiple of the rows of `time_emb`: the frames of each clip, one after the other.
         """
+        skip = x if self.conv3 is None else conv_after(self.conv3, x)
         h = conv_after(self.conv1, x, norm=self.norm1, activation="silu")
         modulation = self.time_layer(time_emb)[:, :, None, None]
         if x.shape[0] != time_emb.shape[0]:
@@ -88,10 +89,8 @@ class ResidualBlock(nn.Module):
         scale, shift = modulation.chunk(2, dim=1)
         if self.dropout.p and self.training:
             # What is dropped must be the same when it is computed again, so it is kept.
-            h = self.conv2(self.dropout(F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))))
-        else:
-            h = conv_after(self.conv2, h, norm=self.norm2, scale=scale, shift=shift, activation="silu")
-        return h + (x if self.conv3 is None else conv_after(self.conv3, x))
+            return skip + self.conv2(self.dropout(F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))))
+        return conv_after(self.conv2, h, norm=self.norm2, scale=scale, shift=shift, activation="silu", residual=skip)
 
 
 class AttentionBlock(nn.Module):
@@ -128,19 +127,21 @@ class AttentionBlock(nn.Module):
         q, k, v = split_heads(qkv.reshape(batch, height * width, 3 * channels), 3, self.num_heads)
         h = F.scaled_dot_product_attention(q, k, v)
         if self.has_text and context.text is not None:
-            h = h + self._attend_to_text(q, context.text, context)
+            h = h + self._attend_to_text(q, context.text, context)  # not in place: the kernels keep their results
         h = h.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        x = x + conv_after(self.proj_out, h)
+        x = conv_after(self.proj_out, h, residual=x)
         if self.ffn is None:
             return x
         norm, widen, _, narrow = cast("tuple[nn.GroupNorm, nn.Conv2d, nn.GELU, nn.Conv2d]", tuple(self.ffn))
-        return x + conv_after(narrow, conv_after(widen, x, norm=norm), activation="gelu")
+        return conv_after(narrow, conv_after(widen, x, norm=norm), activation="gelu", residual=x)
 
     def _attend_to_text(self, q: Tensor, text: Tensor, context: Context) -> Tensor:
         k, v = split_heads(linear_after(self.kv_cond, text, norm=self.norm_cond), 2, self.num_heads)
+        if context.has_text is not None:
+            # Whatever a row without text looks at, it sees nothing.
+            v = v * context.has_text[:, None, None, None]
         mask = None if context.text_mask is None else context.text_mask[:, None, None, :]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return h if context.has_text is None else h * context.has_text[:, None, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class TokenAttention(nn.Module):

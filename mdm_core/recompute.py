@@ -35,6 +35,7 @@ def conv_after(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: Activation = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The convolution of `activation(norm(x) · (1 + scale) + shift)`, with only `x` kept for the backward pass.
 
@@ -45,6 +46,7 @@ def conv_after(
         scale: (B, C, 1, 1); None for no modulation.
         shift: (B, C, 1, 1), where there is a scale.
         activation: What comes between the two; `upsample` doubles the sides (nearest).
+        residual: (B, C_out, H_out, W_out) to add to the result; None for nothing.
 
     Returns:
         (B, C_out, H_out, W_out).
@@ -55,7 +57,7 @@ def conv_after(
         stride=(conv.stride[0], conv.stride[1]),
         padding=(int(conv.padding[0]), int(conv.padding[1])),
     )
-    return _run(plan, x, norm, scale, shift, conv.weight, conv.bias)
+    return _run(plan, x, norm, scale, shift, conv.weight, conv.bias, residual)
 
 
 def linear_after(linear: nn.Linear, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
@@ -63,7 +65,7 @@ def linear_after(linear: nn.Linear, x: Tensor, *, norm: nn.LayerNorm | None = No
     # Tokens are the positions of a picture in channels-last order, and a linear layer is a 1×1 convolution.
     picture = x[:, :, None].permute(0, 3, 1, 2)
     plan = _Plan(layer_norm=norm is not None)
-    y = _run(plan, picture, norm, None, None, linear.weight[:, :, None, None], linear.bias)
+    y = _run(plan, picture, norm, None, None, linear.weight[:, :, None, None], linear.bias, None)
     return y.permute(0, 2, 3, 1)[:, :, 0]
 
 
@@ -84,20 +86,24 @@ def _run(
     shift: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         # The compiler plans its own recomputation.
-        return _convolve(_before(plan, x, norm_weight, norm_bias, scale, shift), weight, bias, plan)
-    result: Tensor = _ConvAfter.apply(plan, x, norm_weight, norm_bias, scale, shift, weight, bias)
+        y = _convolve(_before(plan, x, norm_weight, norm_bias, scale, shift), weight, bias, plan)
+        return y if residual is None else y + residual
+    result: Tensor = _ConvAfter.apply(plan, x, norm_weight, norm_bias, scale, shift, weight, bias, residual)
     return result
 
 
 class _ConvAfter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensor:
-        *before, weight, bias = tensors
+        *before, weight, bias, residual = tensors
         y = _convolve(_before(plan, *before), weight, bias, plan)
+        if residual is not None:
+            y = y.add_(residual) if y.dtype == residual.dtype else y + residual
         ctx.plan = plan
         ctx.autocast = torch.is_autocast_enabled(y.device.type), torch.get_autocast_dtype(y.device.type)
         ctx.save_for_backward(*before, weight)
@@ -122,7 +128,8 @@ class _ConvAfter(torch.autograd.Function):
         )
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(h, wanted, grad_h.to(h.dtype)) if wanted else ())
-        return (None, *(next(found) if wants else None for wants in needs_before), grad_weight, grad_bias)
+        grads_before = (next(found) if wants else None for wants in needs_before)
+        return (None, *grads_before, grad_weight, grad_bias, grad if needed[7] else None)
 
 
 def _before(

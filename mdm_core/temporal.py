@@ -47,7 +47,7 @@ class TemporalBlock(nn.Module):
         """(B·F, C, H, W) -> (B·F, C, H, W)."""
         h = conv_after(self.down_conv, x)
         tokens = self.mlp(self.attn(_over_time(h, num_clips)))
-        return x + conv_after(self.up_conv, _over_space(tokens, h.shape), activation="upsample")
+        return conv_after(self.up_conv, _over_space(tokens, h.shape), activation="upsample", residual=x)
 
 
 class TemporalResample(nn.Conv1d):
