@@ -33,9 +33,14 @@ class Condition:
         if self.text_mask is not None and (self.text_emb is None or self.text_mask.shape != self.text_emb.shape[:2]):
             text = None if self.text_emb is None else tuple(self.text_emb.shape)
             raise ValueError(f"text_mask is {tuple(self.text_mask.shape)} but text_emb is {text}; wanted (B, L) of it")
-        rows = {part.shape[0] for part in (self.text_emb, self.labels, *self.micros.values()) if part is not None}
+        rows = self._row_counts()
         if len(rows) > 1:
             raise ValueError(f"the parts of a condition have {sorted(rows)} rows; give all of them the same number")
+
+    @property
+    def rows(self) -> int | None:
+        """B; None for a condition without parts."""
+        return next(iter(self._row_counts()), None)
 
     @property
     def can_be_dropped(self) -> bool:
@@ -88,6 +93,9 @@ class Condition:
             labels = torch.cat([self.labels, other.labels])
         micros = {name: torch.cat([value, other.micros[name]]) for name, value in self.micros.items()}
         return Condition(text_emb=text, text_mask=mask, labels=labels, micros=micros)
+
+    def _row_counts(self) -> set[int]:
+        return {part.shape[0] for part in (self.text_emb, self.labels, *self.micros.values()) if part is not None}
 
     def _mask(self) -> Tensor:
         assert self.text_emb is not None

@@ -5,12 +5,12 @@ Legend: B rows of the batch, R resolutions (finest first), r side of a resolutio
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mdm_core.parameterization import PredictionType, add_noise, prediction_target
+from mdm_core.parameterization import PredictionType, add_noise, check_prediction_type, prediction_target
 
 LossWeighting = Literal["eps", "v", "x0", "min_snr"]
 
@@ -45,7 +45,11 @@ def training_pairs(
         alpha_bars: (R, N + 1), as `NoiseSchedule.alpha_bars` gives them.
         divisors: What each resolution's pictures are divided by (`NoiseSchedule.signal_divisors`); None is 1.
         prediction_type: What the network outputs.
+
+    Raises:
+        ValueError: If there is no such prediction type.
     """
+    check_prediction_type(prediction_type)
     signals = [row[timestep[: len(x)] + 1][:, None, None, None] for row, x in zip(alpha_bars, x0, strict=True)]
     scaled = list(x0) if divisors is None else [x / d for x, d in zip(x0, divisors, strict=True)]
     triples = list(zip(scaled, eps, signals, strict=True))
@@ -89,8 +93,11 @@ def matryoshka_loss(
         R, averaged over B.
 
     Raises:
-        ValueError: If the lists differ in length, or a resolution has more rows than the coarsest.
+        ValueError: If the lists differ in length, a resolution has more rows than the coarsest, or a name is unknown.
     """
+    check_prediction_type(prediction_type)
+    if weighting not in get_args(LossWeighting):
+        raise ValueError(f"weighting={weighting!r} is unknown; use one of {list(get_args(LossWeighting))}")
     lengths = {len(each) for each in (targets, outputs, alpha_bar, resolution_weights, row_shares or targets)}
     if len(lengths) != 1:
         raise ValueError(f"targets, outputs, alpha_bar and weights must have one entry a resolution, got {lengths}")

@@ -3,11 +3,17 @@
 `alpha_bar` broadcasts against pictures: (B, 1, 1, 1) in [0, 1]. x0 is in [-1, 1]; eps and v have about unit variance.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 PredictionType = Literal["v", "eps", "x0"]
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Raises a ValueError if there is no such prediction type."""
+    if prediction_type not in get_args(PredictionType):
+        raise ValueError(f"prediction_type={prediction_type!r} is unknown; use one of {list(get_args(PredictionType))}")
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:

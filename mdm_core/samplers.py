@@ -14,7 +14,8 @@ from mdm_core.conditioning import Condition
 from mdm_core.denoiser import Denoiser, Network
 from mdm_core.guidance import Guidance
 from mdm_core.noise_schedule import NoiseSchedule
-from mdm_core.parameterization import PredictionType, add_noise, eps_from_x0
+from mdm_core.parameterization import PredictionType, add_noise, check_prediction_type
+from mdm_core.sampler_steps import ddim_step, ddpm_step, extrapolated, heun_corrected
 from mdm_core.thresholding import Threshold
 
 Solver = Literal["ddpm", "ddim", "heun", "dpmpp_2m"]
@@ -110,7 +111,7 @@ def sample(
         One (B, 3, r, r) in [-1, 1] a resolution, finest first.
 
     Raises:
-        ValueError: If the number of steps, the noise or the guidance don't fit.
+        ValueError: If the number of steps, the noise, the condition or the guidance don't fit.
     """
     run = SamplerRun(
         network, noise, schedule=schedule, sampling=sampling, prediction_type=prediction_type, condition=condition
@@ -146,6 +147,8 @@ class SamplerRun:
             start: The noise level to begin at, at most N; None for N.
             project: Applied to each estimate of the clean pictures, in [-1, 1], at all resolutions together.
         """
+        check_prediction_type(prediction_type)
+        _check_rows(like, condition, sampling.guidance.negative)
         resolutions = tuple(x.shape[-1] for x in like)
         self.sampling, self._project = sampling, project
         self.divisors = schedule.signal_divisors(resolutions)
@@ -210,11 +213,11 @@ class SamplerRun:
             return x0, x0
         if self.sampling.solver == "dpmpp_2m" and before is not None:
             pairs = zip(x0, before, self.signals[:, i - 1 : i + 2], strict=True)
-            return x0, [_extrapolate(now, last, *signals) for now, last, signals in pairs]
+            return x0, [extrapolated(now, last, *signals) for now, last, signals in pairs]
         if self.sampling.solver == "heun":
             ahead = self._estimate(self._move(x_t, x0, i, None, None), self.levels[i + 1])
             triples = zip(x0, ahead, self.signals[:, i : i + 2], strict=True)
-            return x0, [_heun_corrected(now, then, *signals) for now, then, signals in triples]
+            return x0, [heun_corrected(now, then, *signals) for now, then, signals in triples]
         return x0, x0
 
     def _estimate(self, x_t: list[Tensor], level: int) -> list[Tensor]:
@@ -256,42 +259,6 @@ class SamplerRun:
         return [part * divisor for part, divisor in zip(x, self.divisors, strict=True)]
 
 
-def ddim_step(
-    x_t: Tensor, x0: Tensor, now: Tensor, then: Tensor, eta: float = 0.0, noise: Tensor | None = None
-) -> Tensor:
-    """`x_t` at a less noisy level, were the clean pictures `x0` (arXiv 2010.02502, equation 12).
-
-    Args:
-        x_t: (B, 3, r, r) at alpha_bar `now`.
-        x0: (B, 3, r, r).
-        now: alpha_bar, broadcasting against pictures; below 1.
-        then: alpha_bar after the step, above `now`.
-        eta: Standard deviation of the noise, as a part of the ancestral sampler's.
-        noise: (B, 3, r, r) standard normal; needed where eta is above 0.
-    """
-    eps = eps_from_x0(x_t, x0, now)
-    if eta == 0 or noise is None:
-        return add_noise(x0, eps, then)
-    variance = eta**2 * posterior_variance(now, then)
-    # With eta 1 rounding can leave less than 0 of what was 0.
-    return then.sqrt() * x0 + (1 - then - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * noise
-
-
-def ddpm_step(x_t: Tensor, x0: Tensor, now: Tensor, then: Tensor, noise: Tensor) -> Tensor:
-    """A draw of `x_t` at a less noisy level, given `x0` (arXiv 2006.11239, equation 7); arguments as for `ddim_step`.
-
-    It is `ddim_step` with eta 1 but for rounding, which in float32 is up to 4e-5 either way: 1 − now ÷ then cancels
-    between little noisy levels here, 1 − then − variance between very noisy ones there.
-    """
-    mean = ((1 - now / then) * then.sqrt() * x0 + (now / then).sqrt() * (1 - then) * x_t) / (1 - now)
-    return mean + posterior_variance(now, then).sqrt() * noise
-
-
-def posterior_variance(now: Tensor, then: Tensor) -> Tensor:
-    """The variance of `x_t` at alpha_bar `then`, given it at `now` and x0 (arXiv 2006.11239, equation 7)."""
-    return (1 - now / then) * (1 - then) / (1 - now)
-
-
 def noise_levels(start: int, num_inference_steps: int, spacing: Spacing = "trailing") -> list[int]:
     """The n + 1 noise levels of a run, from at most `start` down to 0.
 
@@ -306,35 +273,19 @@ def noise_levels(start: int, num_inference_steps: int, spacing: Spacing = "trail
     return [round(start * (1 - i / n)) for i in range(n + 1)]
 
 
+def _check_rows(pictures: list[Tensor], *conditions: Condition | None) -> None:
+    rows = {x.shape[0] for x in pictures}
+    rows |= {condition.rows for condition in conditions if condition is not None and condition.rows is not None}
+    if len(rows) != 1:
+        raise ValueError(
+            f"noise and conditions have {sorted(rows)} rows; give one of each a picture, at every resolution"
+        )
+
+
 def _level_of_sigma(schedule: NoiseSchedule, sigma: float, resolution_ratio: float) -> int:
     """The noisiest level at which √((1 − alpha_bar) ÷ alpha_bar) is at most `sigma`."""
     log_snr = -2 * torch.tensor(sigma, dtype=torch.float64).log()
     return max(1, int(schedule.t_at(log_snr, resolution_ratio) * schedule.num_timesteps + 1e-6))
-
-
-def _extrapolate(x0: Tensor, last_x0: Tensor, before: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """The estimate at the middle of the next step, along the line through this one and the last.
-
-    Args:
-        x0: (B, 3, r, r), this step's estimate.
-        last_x0: The previous step's.
-        before: alpha_bar at the previous step.
-        now: alpha_bar at this one.
-        then: alpha_bar at the next, below 1.
-    """
-    log_snr = [torch.log(signal / (1 - signal)) for signal in (before, now, then)]
-    ratio = (log_snr[2] - log_snr[1]) / (log_snr[1] - log_snr[0])
-    return torch.lerp(last_x0, x0, 1 + ratio / 2)
-
-
-def _heun_corrected(x0: Tensor, x0_ahead: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """The estimate with which a plain step lands where Heun's averaged slope does.
-
-    With x = x_t ÷ √alpha_bar and sigma = √((1 − alpha_bar) ÷ alpha_bar) the slope is (x − x0) ÷ sigma; averaging it
-    over both ends of the step comes to moving towards x0 + (x0_ahead − x0) · sigma_now ÷ (2 · sigma_then).
-    """
-    weight = ((1 - now) / now * then / (1 - then)).sqrt() / 2
-    return torch.lerp(x0, x0_ahead, weight)
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:

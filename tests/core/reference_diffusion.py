@@ -31,7 +31,8 @@ from mdm_core.parameterization import (
     x0_from_v,
 )
 from mdm_core.pyramid import build_pyramid
-from mdm_core.samplers import Sampling, StepReport, ddim_step, ddpm_step, noise_levels, sample
+from mdm_core.sampler_steps import ddim_step, ddpm_step
+from mdm_core.samplers import Sampling, StepReport, noise_levels, sample
 from mdm_core.unet import UNet
 from tests.core.reference_settings import DIFFUSION_DEFAULTS, KINDS, THRESHOLDS, Setup, with_defaults
 

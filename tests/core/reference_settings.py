@@ -10,7 +10,7 @@ from torch import Tensor
 from mdm_core.denoiser import Network
 from mdm_core.noise_schedule import NoiseSchedule, ScheduleKind
 from mdm_core.parameterization import PredictionType, add_noise, eps_from_x0, to_x0, v_from_x0
-from mdm_core.samplers import posterior_variance
+from mdm_core.sampler_steps import posterior_variance
 from mdm_core.thresholding import Threshold
 from mdm_core.unet import UNet
 

@@ -95,6 +95,8 @@ def test_lists_and_rows_that_do_not_fit_are_refused() -> None:
     targets, outputs, alpha_bar = plain(2)
     with pytest.raises(ValueError, match="must have one entry a resolution"):
         matryoshka_loss(targets, outputs, alpha_bar, resolution_weights=(1.0,))
+    with pytest.raises(ValueError, match="weighting='snr' is unknown"):
+        matryoshka_loss(targets, outputs, alpha_bar, resolution_weights=WEIGHTS, weighting="snr")  # type: ignore[arg-type]
     outputs[1] = outputs[1][:1]
     with pytest.raises(ValueError, match="resolution 0 has 2 rows; wanted 1 to 1"):
         matryoshka_loss(targets, outputs, alpha_bar, resolution_weights=WEIGHTS)

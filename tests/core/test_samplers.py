@@ -177,6 +177,13 @@ def test_progress_reports_every_step() -> None:
 def test_bad_arguments_say_what_is_wanted(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         sample(GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=Sampling(**arguments))  # type: ignore[arg-type]
+    two = Condition(labels=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"noise and conditions have \[2, 4\] rows"):
+        sample(
+            GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=Sampling(num_inference_steps=2), condition=two
+        )
+    with pytest.raises(ValueError, match="prediction_type='epsilon' is unknown"):
+        errors("ddim", 2, SHIFTED, "epsilon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step_noise has 1 entries; 3 steps need 2"):
         sample(
             GaussianOracle(SHIFTED),
