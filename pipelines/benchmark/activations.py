@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mdm_core.config import MatryoshkaConfig
@@ -53,7 +52,7 @@ def planned_activations(
         if channels_last and not plain:
             _lay_channels_last(network)
             x_t = [x.contiguous(memory_format=torch.channels_last) for x in x_t]
-        with _LayoutsOfTheCpu(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             return saved_bytes_by_level(
                 network, lambda: network(x_t, *others), levels=network.levels(), checkpointed=names
             )
@@ -120,22 +119,13 @@ class _Count:
         return enter, leave
 
 
-class _LayoutsOfTheCpu(TorchFunctionMode):
-    """Keeps channels last through GroupNorm, as the CPU does; planned tensors (torch 2.14) come out of it in NCHW."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is nn.functional.group_norm and args[0].is_contiguous(memory_format=torch.channels_last):
-            return result.contiguous(memory_format=torch.channels_last)
-        return result
-
-
 def _lay_channels_last(network: nn.Module) -> None:
     """As `network.to(memory_format=torch.channels_last)`, which can't convert tensors that are only planned."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 4:
-                laid = parameter.detach().contiguous(memory_format=torch.channels_last)
+                # `contiguous` would leave 1×1 weights as they are, and with them what convolutions give.
+                laid = parameter.detach().to(memory_format=torch.channels_last)
                 module.register_parameter(name, nn.Parameter(laid))
 
 
