@@ -1,13 +1,13 @@
 """Replays schedules, conversions, losses and sampling runs that the published code computed.
 
-A folder has `index_diffusion.json` and the files that it names; `replay_diffusion` measures how far this project is
-from each. Configurations are read by the published code's keys, and a key that is not known here is an error.
+A folder has `index_diffusion.json` and the files that it names; `replay_case` measures how far this project is from
+one of them. Configurations are read by the published code's keys, and a key that is not known here is an error.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +34,11 @@ from mdm_core.pyramid import build_pyramid
 from mdm_core.sampler_steps import ddim_step, ddpm_step
 from mdm_core.samplers import Sampling, StepReport, noise_levels, sample
 from mdm_core.unet import UNet
+from tests.core.reference_forward import TOLERANCE, CaseResult
 from tests.core.reference_settings import DIFFUSION_DEFAULTS, KINDS, THRESHOLDS, Setup, with_defaults
-
-TOLERANCE = 2e-5
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """How far one case is from what the published code computed."""
-
-    name: str
-    error: float
-    """The largest difference over all its arrays."""
-    tolerance: float
-
 
 Build = Callable[[str], UNet]
 """Gives the network with the weights of that name."""
-
-
-def replay_diffusion(folder: Path, build: Build) -> Iterator[CaseResult]:
-    """One result a case of the folder's `index_diffusion.json`, in its order."""
-    for name in json.loads((folder / "index_diffusion.json").read_text())["cases"]:
-        yield replay_case(folder, name, build)
 
 
 def replay_case(folder: Path, name: str, build: Build) -> CaseResult:
@@ -298,7 +280,7 @@ def _compared(got: Mapping[str, Tensor], data: Mapping[str, Tensor], given: set[
 def _difference(got: Tensor, wanted: Tensor) -> float:
     """The largest difference; where the published code gave no number there is nothing to compare."""
     error = (got.double() - wanted.double()).abs()[torch.isfinite(wanted)]
-    return float(error.max()) if error.numel() else 0.0
+    return float(error.nan_to_num(nan=math.inf).max()) if error.numel() else 0.0
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
