@@ -238,7 +238,7 @@ def attend(
 ) -> Tensor:
     """softmax(q·k / √d)·v in each head, a run of d = C / heads neighbouring channels; q, k, v (B, N, C)."""
     heads = []
-    for q_h, k_h, v_h in zip(*(part.chunk(num_heads, dim=-1) for part in (q, k, v)), strict=True):
+    for q_h, k_h, v_h in zip(*(part.unflatten(-1, (num_heads, -1)).unbind(-2) for part in (q, k, v)), strict=True):
         if freqs is not None:
             q_h, k_h = rotate(q_h, freqs), rotate(k_h, freqs)
         scores = torch.einsum("bnc,bmc->bnm", q_h, k_h) / math.sqrt(q_h.shape[-1])
