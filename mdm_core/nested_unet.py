@@ -89,9 +89,6 @@ class NestedUNet(UNet):
     def _innermost(self) -> UNet:
         return self.inner_unet._innermost()
 
-    def _micro_conditions(self) -> set[str]:
-        return super()._micro_conditions() | self.inner_unet._micro_conditions()
-
 
 def build_network(config: MatryoshkaConfig) -> UNet:
     """The network that `config` describes, freshly initialised: a UNet, or shells nested around one."""

@@ -46,6 +46,11 @@ class UNet(nn.Module):
         """Sides of the pictures in pixels, finest first."""
         return (self.config.resolution,)
 
+    @property
+    def micro_conditions(self) -> frozenset[str]:
+        """Names of the micro-conditions that any of the networks has."""
+        return frozenset(name for name, _ in self.config.micro_conditions)
+
     def forward(
         self,
         x_t: list[Tensor],
@@ -199,9 +204,6 @@ class UNet(nn.Module):
     def _innermost(self) -> "UNet":
         return self
 
-    def _micro_conditions(self) -> set[str]:
-        return {name for name, _ in self.config.micro_conditions}
-
     def _check(
         self, x_t: list[Tensor], text_emb: Tensor | None, labels: Tensor | None, micros: Mapping[str, Tensor]
     ) -> None:
@@ -214,9 +216,9 @@ class UNet(nn.Module):
             raise ValueError(f"text_emb is {text_emb.shape[-1]} wide; the network reads text_dim={innermost.text_dim}")
         if labels is not None and innermost.num_classes is None:
             raise ValueError("labels are given to a network without classes; set num_classes")
-        if unknown := sorted(micros.keys() - self._micro_conditions()):
+        if unknown := sorted(micros.keys() - self.micro_conditions):
             raise ValueError(
-                f"no micro-condition {unknown[0]!r} in this network; it has {sorted(self._micro_conditions())}"
+                f"no micro-condition {unknown[0]!r} in this network; it has {sorted(self.micro_conditions)}"
             )
 
     def _build_time_embedding(self) -> None:

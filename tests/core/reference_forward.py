@@ -90,16 +90,23 @@ def replay_checkpoint(folder: Path, name: str) -> CaseResult:
     return CaseResult(case["pth"], max(errors), 0.0)
 
 
-def call_arguments(data: dict[str, Tensor], kind: str) -> tuple[list[Tensor], dict[str, Any]]:
-    """The pictures and the other arguments of one of a case's calls: default, micros, nomask or mixed."""
+def call_arguments(network: UNet, data: dict[str, Tensor], kind: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """The pictures and the other arguments of one of a case's calls: default, micros, nomask or mixed.
+
+    What a network has no use for, the published code takes and ignores; it is left out here.
+    """
     x_t = [data[f"in.x{level}"] for level in range(sum(key.startswith("in.x") for key in data))]
     if kind == "mixed":
         x_t = [x[: int(rows)] for x, rows in zip(x_t, data["in.mixed_batches"], strict=True)]
-    arguments: dict[str, Any] = {"timestep": data["in.times"], "text_emb": data.get("in.cond")}
-    if "in.mask" in data and kind != "nomask":
-        arguments["text_mask"] = data["in.mask"].bool()
+    arguments: dict[str, Any] = {"timestep": data["in.times"]}
+    if any(key.endswith("cond_emb.weight") for key in network.state_dict()):
+        arguments["text_emb"] = data["in.cond"]
+        if "in.mask" in data and kind != "nomask":
+            arguments["text_mask"] = data["in.mask"].bool()
     if kind == "micros":
-        arguments["micros"] = {key[9:]: value for key, value in data.items() if key.startswith("in.micro.")}
+        arguments["micros"] = {
+            name: data[f"in.micro.{name}"] for name in network.micro_conditions if f"in.micro.{name}" in data
+        }
     return x_t, arguments
 
 
@@ -108,7 +115,7 @@ def _case_error(network: UNet, data: dict[str, Tensor], case: dict[str, Any]) ->
     for kind in sorted({key.split(".")[1] for key in data if key.startswith("out.")}):
         if kind not in ("default", "micros", "nomask", "mixed"):
             raise ValueError(f"the case has outputs of an unknown kind, {kind!r}")
-        x_t, arguments = call_arguments(data, kind)
+        x_t, arguments = call_arguments(network, data, kind)
         outputs = network(x_t, **arguments)
         errors += [largest(output, data[f"out.{kind}.y{level}"]) for level, output in enumerate(outputs)]
         if kind == "default" and "grad.loss" in data:
