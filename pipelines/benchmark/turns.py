@@ -68,11 +68,13 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Whatever it is doing, nobody waits for it any more.
+        self._connection.close()
+        if kind is None:
+            # It ends by itself when nobody asks any more.
+            self._process.join(timeout=10)
         self._process.kill()
         self._process.join()
         self._process.close()
-        self._connection.close()
 
     def _answer(self, doing: str) -> Any:
         try:
