@@ -52,7 +52,7 @@ def test_each_works_in_a_process_of_its_own_with_a_peak_of_its_own():
     [
         ("be killed", WorkError, r"ours: its process was killed \(signal 9\).*make --batch.* smaller, in timed step 3"),
         (
-            "run out",
+            "ask for too much",
             WorkError,
             r"ours, in timed step 3: memory ran out \(.*\); make --batch or --channels smaller",
         ),
