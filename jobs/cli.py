@@ -40,6 +40,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "train": "Train a Matryoshka Diffusion Model, stage by stage.",
         "evaluate": "Score a checkpoint against the pictures of a table.",
         "sample": "Make pictures from captions.",
+        "benchmark": "Time a training step or the making of pictures, and say what it costs.",
     },
     "Configuration": {
         "check": "Validate configuration files.",
