@@ -45,6 +45,11 @@ class NestedUNet(UNet):
         """Sides of the pictures in pixels, finest first."""
         return (self.config.resolution, *self.inner_unet.resolutions)
 
+    @property
+    def micro_conditions(self) -> frozenset[str]:
+        """See `UNet.micro_conditions`."""
+        return super().micro_conditions | self.inner_unet.micro_conditions
+
     def run(self, x_t: list[Tensor], contexts: list[Context], from_shell: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """See `UNet.run`; the first prediction is the shell's, the others are the inner network's."""
         outer_tiles, inner_tiles = self.tiles
