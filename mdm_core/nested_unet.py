@@ -48,7 +48,9 @@ class NestedUNet(UNet):
     @property
     def micro_conditions(self) -> frozenset[str]:
         """See `UNet.micro_conditions`."""
-        return super().micro_conditions | self.inner_unet.micro_conditions
+        # Not by way of `super()`: the compiler can't trace a property of a base class.
+        own = frozenset(name for name, _ in self.config.micro_conditions)
+        return own | self.inner_unet.micro_conditions
 
     def run(self, x_t: list[Tensor], contexts: list[Context], from_shell: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """See `UNet.run`; the first prediction is the shell's, the others are the inner network's."""
