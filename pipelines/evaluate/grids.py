@@ -73,12 +73,23 @@ def picture_grid(
 
 
 def grid_title(
-    name: str, side: int, *, weights: str, images_seen: int, guidance_scale: float, num_inference_steps: int
+    name: str,
+    side: int,
+    *,
+    weights: str | None,
+    images_seen: int | None,
+    guidance_scale: float | Sequence[float],
+    num_inference_steps: int,
 ) -> str:
-    """Returns a line that says what the pictures of a grid are."""
-    which = {"ema": "EMA weights", "raw": "raw weights", "untrained": "untrained weights"}[weights]
-    sampling = f"guidance {guidance_scale:g}, {num_inference_steps} steps"
-    return f"{name}: {side} px, {which}, {images_seen:,} images seen, {sampling}"
+    """Returns a line that says what the pictures of a grid are; what is None is not known, and left out."""
+    said = [f"{name}: {side} px"]
+    if weights is not None:
+        said.append({"ema": "EMA weights", "raw": "raw weights", "untrained": "untrained weights"}[weights])
+    if images_seen is not None:
+        said.append(f"{images_seen:,} images seen")
+    scales = guidance_scale if isinstance(guidance_scale, Sequence) else [guidance_scale]
+    said.append(f"guidance {', '.join(f'{scale:g}' for scale in scales)}")
+    return ", ".join([*said, f"{num_inference_steps} steps"])
 
 
 def loss_plot(curves: Mapping[str, Iterable[tuple[int, float]]], *, title: str = "Training loss") -> Image.Image:

@@ -29,7 +29,7 @@ class PictureMaker(Protocol):
         *,
         noise_ids: Sequence[int],
         seed: int,
-        guidance_scale: float,
+        guidance_scale: Any,
         num_inference_steps: int,
     ) -> list[NDArray[np.uint8]]:
         """Returns one (N, r, r, 3) array a resolution, finest first."""

@@ -2,7 +2,8 @@
 
 `RUN/stage-0/images-000000032000/` holds `weights.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
 `manifest.json`. The manifest is written last and carries the checksum of every other file: a folder without one is
-an upload that was cut, and is never read.
+an upload that was cut, and is never read. `weights` and `ema` are model files as well (`mdm_core.model_file`): alone,
+away from their folder, they still say what they are.
 """
 
 import hashlib
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import CheckpointError, ConfigError
+from mdm_core.model_file import FORMAT_VERSION
 from mdm_core.noise_schedule import NoiseSchedule
+from mdm_core.parameterization import PredictionType
 from pipelines import storage
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_MODEL_FILES = ("weights", "ema")
 _NAME = re.compile(r"stage-(\d+)/images-(\d+)$")
 
 
@@ -62,6 +66,8 @@ class Manifest:
     """loss_first, loss_last, images_per_s, and seconds of this stage."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each other file of the checkpoint."""
+    prediction_type: PredictionType = "v"
+    """What the network answers; checkpoints from before there was a choice have v."""
 
     def matryoshka(self) -> MatryoshkaConfig:
         """The networks of this stage."""
@@ -70,6 +76,16 @@ class Manifest:
     def noise_schedule(self) -> NoiseSchedule:
         """The noise schedule of the run."""
         return NoiseSchedule(**self.schedule)
+
+    def model_header(self) -> dict[str, str]:
+        """The metadata with which a file of weights is a model file."""
+        kept = ("prediction_type", "text_encoder", "max_tokens", "stage", "images_seen", "total_images_seen")
+        values = {
+            "config": self.network,
+            "schedule": self.schedule,
+            "metadata": {name: getattr(self, name) for name in kept} | {"name": self.config.get("name", "")},
+        }
+        return {"mdm_format": str(FORMAT_VERSION), "mdm_model": json.dumps(values)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,8 @@ def save_checkpoint(run_uri: str, manifest: Manifest, tensors: Mapping[str, dict
     uri = storage.join(run_uri, f"stage-{manifest.stage}", f"images-{manifest.images_seen:012d}")
     files = {}
     for name, values in tensors.items():
-        data = save({key: value.detach().contiguous().cpu() for key, value in values.items()})
+        header = manifest.model_header() if name in _MODEL_FILES else None
+        data = save({key: value.detach().contiguous().cpu() for key, value in values.items()}, header)
         files[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
         storage.write_bytes_atomic(storage.join(uri, f"{name}.safetensors"), data)
     whole = Manifest(**asdict(manifest) | {"files": files})

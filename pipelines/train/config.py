@@ -2,11 +2,15 @@
 
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.errors import ConfigError
-from mdm_core.noise_schedule import NoiseSchedule
+from mdm_core.loss import LossWeighting
+from mdm_core.nested_unet import build_network
+from mdm_core.noise_schedule import NoiseSchedule, ScheduleKind, Shift
+from mdm_core.parameterization import PredictionType
 from pipelines.run_config import Config
 from pipelines.tracking import TrackingConfig
 
@@ -65,14 +69,25 @@ class ModelConfig(Config):
 
     networks: tuple[NetworkConfig, ...] = Field(min_length=1)
     """The UNets, finest resolution first; each is nested around the next."""
+    prediction_type: PredictionType = "v"
+    """What the networks answer: the velocity, the noise or the clean picture."""
+    schedule: ScheduleKind = "squared_cosine"
+    """How the noise grows with the level; `NoiseSchedule` says where each comes from."""
     num_timesteps: int = Field(default=1000, ge=1)
     """Noise levels."""
     shift_power: float = Field(default=1.0, ge=0)
     """The signal-to-noise ratio of a resolution is divided by (side ÷ innermost side) to this power."""
+    shift: Shift = "snr"
+    """How: snr gives a finer resolution more noise, signal divides its pictures."""
 
     def schedule_arguments(self) -> dict[str, Any]:
         """Arguments of the `NoiseSchedule`."""
-        return {"num_timesteps": self.num_timesteps, "shift_power": self.shift_power}
+        return {
+            "kind": self.schedule,
+            "num_timesteps": self.num_timesteps,
+            "shift_power": self.shift_power,
+            "shift": self.shift,
+        }
 
     def noise_schedule(self) -> NoiseSchedule:
         """The noise schedule of every resolution."""
@@ -114,8 +129,11 @@ class StageConfig(Config):
     """Whether the learning rate falls to 0 at the end of the stage."""
     resolution_weights: tuple[float, ...] | None = None
     """Weight of each resolution's loss, finest first; all 1 if empty."""
-    loss_weighting: Literal["eps", "v"] = "eps"
-    """Whether the error of v is weighted with the signal power (the published target) or not."""
+    loss_weighting: LossWeighting = "eps"
+    """Whose plain squared error is meant, whatever the networks answer: eps, the published one, v or x0; min_snr is that
+    of x0 times min(SNR, min_snr_gamma)."""
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    """Where min_snr stops growing."""
     ema_length: float = Field(default=0.1, gt=0, lt=0.28)
     """Length of the average of the weights, as a share of the stage."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -140,6 +158,9 @@ class ScalingConfig(Config):
     """GPUs of each: 0 trains on the CPU."""
     max_failures: int = Field(default=3, ge=0)
     """Times that lost workers are replaced before the run fails."""
+    checkpoint_levels: tuple[str, ...] = ()
+    """Levels of the networks, as in 64.down.0, that keep only their input for the backward pass and run twice: less
+    memory, more time, the same losses. [all] takes every level."""
 
 
 class CheckpointConfig(Config):
@@ -216,7 +237,20 @@ class TrainConfig(Config):
                     f"{where}.resolution_weights={list(stage.resolution_weights)} has "
                     f"{len(stage.resolution_weights)} entries; the stage trains {count} resolutions"
                 )
+        self._check_levels()
         return self
+
+    def _check_levels(self) -> None:
+        named = set(self.scaling.checkpoint_levels) - {"all"}
+        if not named:
+            return
+        with torch.device("meta"):
+            known = build_network(self.model.matryoshka(text_dim=1)).levels()
+        if unknown := sorted(named - known.keys()):
+            raise ValueError(
+                f"scaling.checkpoint_levels names {unknown[0]!r}, which is no level of the networks; there are "
+                f"{', '.join(known)}, or all"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: a checkpoint is only continued under the same values."""

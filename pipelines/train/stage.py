@@ -102,6 +102,9 @@ class StageRun:
                     resolutions=self.networks.resolutions,
                     resolution_weights=weights,
                     weighting=stage.loss_weighting,
+                    min_snr_gamma=stage.min_snr_gamma,
+                    divisors=self.schedule.signal_divisors(self.networks.resolutions),
+                    prediction_type=self.config.model.prediction_type,
                 )
             rows.sum(dim=0).mean().backward()
             window.add(rows.detach(), optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm))
@@ -125,8 +128,14 @@ class StageRun:
         if inner is not None:
             assert isinstance(network, NestedUNet)
             grow(network, inner)
+        network.checkpoint_levels(self._checkpointed(network))
         network = network.to(self.place.device)
         return new_state(network, weight_decay=self.stage.weight_decay, ema_length=self.stage.ema_length)
+
+    def _checkpointed(self, network: UNet) -> list[str]:
+        """The levels to run twice; those of networks that have not been grown yet are left out."""
+        named = self.config.scaling.checkpoint_levels
+        return [name for name in network.levels() if name in named or "all" in named]
 
     def _distributed(self, network: UNet) -> nn.Module:
         if self.place.workers == 1:
@@ -202,6 +211,7 @@ class StageRun:
             stage_done=done,
             network=self.networks.to_dict(),
             schedule=self.config.model.schedule_arguments(),
+            prediction_type=self.config.model.prediction_type,
             config=self.config.model_dump(mode="json"),
             table_uri=self.table.uri,
             table_version=self.table.version,
@@ -217,7 +227,8 @@ class StageRun:
         network = build_network(self.networks)
         network.load_state_dict(self.state.ema.state_dict())
         network = network.to(self.place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        levels = Generator(network, self.schedule).generate_from_text(
+        generator = Generator(network, self.schedule, prediction_type=self.config.model.prediction_type)
+        levels = generator.generate_from_text(
             text_emb,
             text_mask,
             noise_ids=range(len(text_emb)),

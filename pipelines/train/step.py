@@ -1,5 +1,6 @@
 """One optimizer step, and the stage's state between steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from mdm_core.ema import PowerEma
 from mdm_core.errors import WorkError
 from mdm_core.loss import LossWeighting, matryoshka_loss, training_pairs
+from mdm_core.parameterization import PredictionType
 from mdm_core.pyramid import build_pyramid
 from mdm_core.unet import UNet
 from pipelines.train.batches import Batch
@@ -62,23 +64,37 @@ def losses(
     resolutions: tuple[int, ...],
     resolution_weights: tuple[float, ...],
     weighting: LossWeighting,
+    min_snr_gamma: float = 5.0,
+    divisors: Sequence[float] | None = None,
+    prediction_type: PredictionType = "v",
 ) -> Tensor:
     """(R, B): the weighted loss of each resolution and row of a batch.
 
     Args:
-        network: Predicts v; plain, or wrapped for several workers.
+        network: Predicts what `prediction_type` says; plain, or wrapped for several workers.
         batch: The worker's share of the step.
         alpha_bars: (R, N + 1), as `NoiseSchedule.alpha_bars` gives them.
         resolutions: Sides in pixels, finest first.
         resolution_weights: One a resolution.
         weighting: See `matryoshka_loss`.
+        min_snr_gamma: See `matryoshka_loss`.
+        divisors: What each resolution's pictures are divided by (`NoiseSchedule.signal_divisors`); None is 1.
+        prediction_type: What the network answers.
     """
     x0 = build_pyramid(batch.x0.float() / 127.5 - 1, resolutions)
-    pairs = training_pairs(x0, batch.noise, batch.timestep, alpha_bars=alpha_bars)
+    pairs = training_pairs(
+        x0, batch.noise, batch.timestep, alpha_bars=alpha_bars, divisors=divisors, prediction_type=prediction_type
+    )
     x_t = [x.contiguous(memory_format=torch.channels_last) for x in pairs.x_t]
-    v_hat = network(x_t, batch.timestep, batch.text_emb, batch.text_mask)
+    outputs = network(x_t, batch.timestep, batch.text_emb, batch.text_mask)
     return matryoshka_loss(
-        pairs.targets, v_hat, pairs.alpha_bar, resolution_weights=resolution_weights, weighting=weighting
+        pairs.targets,
+        outputs,
+        pairs.alpha_bar,
+        resolution_weights=resolution_weights,
+        prediction_type=prediction_type,
+        weighting=weighting,
+        min_snr_gamma=min_snr_gamma,
     )
 
 
