@@ -1,7 +1,8 @@
 """A trained network, ready to make pictures from captions."""
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -9,55 +10,109 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdm_core.conditioning import Condition
+from mdm_core.editing import image_to_image, inpaint, upscale
 from mdm_core.errors import ConfigError
-from mdm_core.guidance import Guidance
-from mdm_core.nested_unet import build_network
 from mdm_core.noise_schedule import NoiseSchedule
-from mdm_core.samplers import Sampling, sample
+from mdm_core.parameterization import PredictionType
+from mdm_core.samplers import SamplerRun, Sampling, sample
 from mdm_core.unet import UNet
-from pipelines.text_encoder import TextEncoder, load_text_encoder
-from pipelines.train.batches import pad_text
-from pipelines.train.checkpoint import Manifest, open_checkpoint
+from pipelines.sample.edits import Edit
+from pipelines.sample.models import Weights, load
+from pipelines.sample.noise import PictureNoise, StepNoise
+from pipelines.sample.text import CaptionReader, Text, TextSettings
+from pipelines.train.checkpoint import Manifest
 
 Pictures = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How pictures are made, beside what each call says."""
+
+    sampling: Sampling = field(default_factory=lambda: Sampling(num_inference_steps=1))
+    """Solver, threshold and so on; the steps and the scale of guidance are those of the call."""
+    negative_caption: str = ""
+    """What guidance goes away from; empty for what the network was trained with."""
+    edit: Edit | None = None
+    """A picture to begin with."""
+
+
+class _Settings(TypedDict):
+    """What sampling from noise and from pictures have in common."""
+
+    schedule: NoiseSchedule
+    sampling: Sampling
+    prediction_type: PredictionType
+    condition: Condition
+    step_noise: StepNoise
 
 
 class Generator:
     """Makes pictures at every resolution of a network; the noise of a picture depends on its own number only."""
 
-    def __init__(self, network: UNet, schedule: NoiseSchedule) -> None:
+    def __init__(
+        self,
+        network: UNet,
+        schedule: NoiseSchedule,
+        *,
+        prediction_type: PredictionType = "v",
+        text: TextSettings | None = None,
+    ) -> None:
+        """Makes a generator.
+
+        Args:
+            network: On the device where it is to work.
+            schedule: What it was trained with.
+            prediction_type: What it answers.
+            text: How captions are encoded for it; None where they come encoded.
+        """
         self._network = network.eval()
         self._device = next(network.parameters()).device
-        self._schedule = schedule
-        self._encoder: TextEncoder | None = None
+        self._schedule, self._prediction_type = schedule, prediction_type
+        self._captions = None if text is None else CaptionReader(text)
+        self.options = Options()
         self.resolutions = network.resolutions
         self.manifest: Manifest | None = None
 
     @classmethod
     def from_checkpoint(
-        cls, uri: str, *, weights: Literal["ema", "raw", "untrained"] = "ema", device: str = "auto"
+        cls,
+        uri: str,
+        *,
+        weights: Weights = "ema",
+        device: str = "auto",
+        encoder: str = "",
+        max_tokens: int | None = None,
     ) -> "Generator":
-        """The generator of a checkpoint, or of the newest checkpoint of a run.
+        """The generator of a checkpoint, of the newest checkpoint of a run, or of a file.
 
         Args:
-            uri: Folder of a checkpoint or of a run.
+            uri: Folder of a checkpoint or of a run; a published .pth file or a .safetensors file of this project.
             weights: The averaged weights, the last ones, or the ones that a network of this shape begins with.
             device: A torch device; `auto` is the GPU where there is one.
+            encoder: Text encoder of a file; see `models.load`.
+            max_tokens: Tokens of a caption, likewise.
 
         Raises:
             ConfigError: There is no checkpoint at `uri`.
             CheckpointError: The checkpoint is damaged.
         """
-        checkpoint = open_checkpoint(uri)
         place = _device(device)
-        torch.manual_seed(int(checkpoint.manifest.config["seed"]))
-        network = build_network(checkpoint.manifest.matryoshka())
-        if weights != "untrained":
-            network.load_state_dict(checkpoint.tensors("ema" if weights == "ema" else "weights"))
-        network = network.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        generator = cls(network, checkpoint.manifest.noise_schedule())
-        generator.manifest = checkpoint.manifest
+        model = load(uri, weights=weights, encoder=encoder, max_tokens=max_tokens)
+        network = model.network.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        generator = cls(network, model.schedule, prediction_type=model.prediction_type, text=model.text)
+        generator.manifest = model.manifest
         return generator
+
+    def check(self, *, guidance_scale: float | Sequence[float], num_inference_steps: int) -> None:
+        """Finds out before any work whether pictures can be made like that, and loads the text encoder.
+
+        Raises:
+            ConfigError: They can't.
+        """
+        self._check_sampling(self._sampling(guidance_scale, num_inference_steps))
+        if self._captions is not None:
+            self._captions.load()
 
     def generate(
         self,
@@ -65,7 +120,7 @@ class Generator:
         *,
         noise_ids: Sequence[int],
         seed: int,
-        guidance_scale: float,
+        guidance_scale: float | Sequence[float],
         num_inference_steps: int,
     ) -> list[Pictures]:
         """One (B, r, r, 3) uint8 array a resolution, finest first, for B captions.
@@ -75,22 +130,20 @@ class Generator:
             noise_ids: A number for each picture, from which (with `seed`) its noise is drawn; so a picture is the
                 same in whatever batch it is made.
             seed: See `noise_ids`.
-            guidance_scale: 1 is off.
-            num_inference_steps: Network calls.
+            guidance_scale: 1 is off; one number, or one a resolution, finest first.
+            num_inference_steps: Network calls; two a step with `heun`.
         """
-        assert self.manifest is not None, "a generator that encodes captions comes from a checkpoint"
-        if self._encoder is None:
-            self._encoder = load_text_encoder(self.manifest.text_encoder, max_tokens=self.manifest.max_tokens)
-        embeddings = self._encoder.encode(list(captions))
-        text_emb, text_mask = pad_text(embeddings, width=self._encoder.width, length=self.manifest.max_tokens)
-        return self.generate_from_text(
-            text_emb,
-            text_mask,
-            noise_ids=noise_ids,
-            seed=seed,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-        )
+        assert self._captions is not None, "a generator that encodes captions comes from a checkpoint"
+        sampling = self._sampling(guidance_scale, num_inference_steps)
+        self._check_sampling(sampling)
+        levels = [np.empty((len(captions), side, side, 3), np.uint8) for side in self.resolutions]
+        guided = any(scale != 1 for scale in sampling.guidance.scales(len(self.resolutions)))
+        for batch in self._captions.batches(captions, negative=self.options.negative_caption, guided=guided):
+            numbers = [noise_ids[row] for row in batch.rows]
+            made = self._make(sampling, batch.text, batch.negative, self._noise(seed, numbers))
+            for level, pictures in zip(levels, made, strict=True):
+                level[batch.rows] = pictures
+        return levels
 
     def generate_from_text(
         self,
@@ -99,31 +152,60 @@ class Generator:
         *,
         noise_ids: Sequence[int],
         seed: int,
-        guidance_scale: float,
+        guidance_scale: float | Sequence[float],
         num_inference_steps: int,
     ) -> list[Pictures]:
-        """See `generate`; the captions come encoded, (B, L, D) and (B, L)."""
-        num_timesteps = self._schedule.num_timesteps
-        if not 1 <= num_inference_steps <= num_timesteps:
-            raise ConfigError(
-                f"num_inference_steps={num_inference_steps} must be between 1 and {num_timesteps}, "
-                "the noise levels that the network was trained with"
-            )
-        draws = [np.random.default_rng([seed, number]) for number in noise_ids]
-        noise = [
-            torch.from_numpy(np.stack([draw.standard_normal((3, side, side), dtype=np.float32) for draw in draws]))
-            .to(self._device)
-            .contiguous(memory_format=torch.channels_last)
-            for side in self.resolutions
-        ]
-        x0 = sample(
-            self._network,
-            noise,
-            schedule=self._schedule,
-            sampling=Sampling(num_inference_steps=num_inference_steps, guidance=Guidance(scale=guidance_scale)),
-            condition=Condition(text_emb=text_emb.to(self._device), text_mask=text_mask.to(self._device)),
-        )
+        """See `generate`; the captions come encoded, (B, L, D) and (B, L), and guidance goes away from none."""
+        sampling = self._sampling(guidance_scale, num_inference_steps)
+        self._check_sampling(sampling)
+        return self._make(sampling, (text_emb, text_mask), None, self._noise(seed, noise_ids))
+
+    def _sampling(self, guidance_scale: float | Sequence[float], num_inference_steps: int) -> Sampling:
+        scale = tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else guidance_scale
+        guidance = replace(self.options.sampling.guidance, scale=scale)
+        return replace(self.options.sampling, num_inference_steps=num_inference_steps, guidance=guidance)
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        """The sampler's own checks, by a run that calls no network."""
+        edit, levels = self.options.edit, self._schedule.num_timesteps
+        start = max(1, round(edit.strength * levels)) if edit is not None and edit.kind == "image_to_image" else None
+        like = [torch.empty(1, 3, side, side, device="meta") for side in self.resolutions]
+        try:
+            SamplerRun(self._network, like, schedule=self._schedule, sampling=sampling, start=start)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _noise(self, seed: int, noise_ids: Sequence[int]) -> PictureNoise:
+        return PictureNoise(seed=seed, noise_ids=noise_ids, resolutions=self.resolutions, device=self._device)
+
+    def _make(
+        self, sampling: Sampling, text: Text, negative: Text | None, picture_noise: PictureNoise
+    ) -> list[Pictures]:
+        against = None if negative is None else self._condition(negative)
+        noise, edit = picture_noise.initial(), self.options.edit
+        settings: _Settings = {
+            "schedule": self._schedule,
+            "sampling": replace(sampling, guidance=replace(sampling.guidance, negative=against)),
+            "prediction_type": self._prediction_type,
+            "condition": self._condition(text),
+            "step_noise": picture_noise.of_steps(sampling.num_inference_steps - 1),
+        }
+        if edit is None:
+            return [_to_uint8(level) for level in sample(self._network, noise, **settings)]
+        rows = len(text[0])
+        picture = edit.picture.to(self._device).expand(rows, -1, -1, -1)
+        if edit.kind == "upscale":
+            x0 = upscale(self._network, picture, noise, **settings)
+        elif edit.kind == "inpaint":
+            assert edit.mask is not None
+            mask = edit.mask.to(self._device).expand(rows, -1, -1, -1)
+            x0 = inpaint(self._network, picture, mask, noise, **settings)
+        else:
+            x0 = image_to_image(self._network, picture, noise, strength=edit.strength, **settings)
         return [_to_uint8(level) for level in x0]
+
+    def _condition(self, text: Text) -> Condition:
+        return Condition(text_emb=text[0].to(self._device), text_mask=text[1].to(self._device))
 
 
 def _device(name: str) -> torch.device:

@@ -130,8 +130,8 @@ class StageConfig(Config):
     resolution_weights: tuple[float, ...] | None = None
     """Weight of each resolution's loss, finest first; all 1 if empty."""
     loss_weighting: LossWeighting = "eps"
-    """Whose plain squared error is meant, whatever the networks answer: eps, the published one, v or x0; min_snr is that
-    of x0 times min(SNR, min_snr_gamma)."""
+    """Whose plain squared error is meant, whatever the networks answer: eps, the published one, v or x0; min_snr is
+    that of x0 times min(SNR, min_snr_gamma)."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """Where min_snr stops growing."""
     ema_length: float = Field(default=0.1, gt=0, lt=0.28)
