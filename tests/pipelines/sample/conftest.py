@@ -24,8 +24,8 @@ def small_config(**innermost: Any) -> MatryoshkaConfig:
     """16 px around 8 px."""
     shared: dict[str, Any] = {"num_resnets": (1, 1), "num_groups": 4, "num_heads": 2, "time_dim": 16}
     shell = UNetConfig(resolution=16, channels=(4, 8), num_attention_layers=(0, 0), mid_blocks=False, **shared)
-    inner = {"resolution": 8, "channels": (8, 8), "num_attention_layers": (0, 1), "text_dim": WIDTH} | innermost
-    return MatryoshkaConfig((shell, UNetConfig(**inner, **shared)))
+    inner: dict[str, Any] = {"channels": (8, 8), "num_attention_layers": (0, 1), "text_dim": WIDTH}
+    return MatryoshkaConfig((shell, UNetConfig(resolution=8, **inner | shared | innermost)))
 
 
 def random_network(config: MatryoshkaConfig, seed: int = 0) -> UNet:

@@ -15,7 +15,8 @@ CAPTIONS = ["a red fish", "house", "one two three four five six", "blue sky here
 
 
 def reader(**changes: Any) -> CaptionReader:
-    return CaptionReader(TextSettings(**{"encoder": "words", "max_tokens": 6, "text_dim": WIDTH} | changes))
+    values: dict[str, Any] = {"encoder": "words", "max_tokens": 6, "text_dim": WIDTH}
+    return CaptionReader(TextSettings(**values | changes))
 
 
 def test_hidden_padding_needs_one_batch(words: list[tuple[str, int]]) -> None:
