@@ -167,13 +167,15 @@ class Generator:
 
     def _check_sampling(self, sampling: Sampling) -> None:
         """The sampler's own checks, by a run that calls no network."""
-        edit, levels = self.options.edit, self._schedule.num_timesteps
-        start = max(1, round(edit.strength * levels)) if edit is not None and edit.kind == "image_to_image" else None
+        edit, start, why = self.options.edit, None, ""
+        if edit is not None and edit.kind == "image_to_image":
+            start = max(1, round(edit.strength * self._schedule.num_timesteps))
+            why = f"; strength={edit.strength} leaves no more"
         like = [torch.empty(1, 3, side, side, device="meta") for side in self.resolutions]
         try:
             SamplerRun(self._network, like, schedule=self._schedule, sampling=sampling, start=start)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"{error}{why if 'num_inference_steps' in str(error) else ''}") from error
 
     def _noise(self, seed: int, noise_ids: Sequence[int]) -> PictureNoise:
         return PictureNoise(seed=seed, noise_ids=noise_ids, resolutions=self.resolutions, device=self._device)

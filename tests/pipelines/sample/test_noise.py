@@ -36,9 +36,14 @@ def test_no_two_draws_are_the_same() -> None:
 
 
 def test_only_what_is_asked_for_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
+    drawn: list[int] = []
     of_step = PictureNoise.of_step
-    monkeypatch.setattr(PictureNoise, "of_step", lambda self, step: drawn.append(step) or of_step(self, step))
+
+    def counted(self: PictureNoise, step: int) -> list[torch.Tensor]:
+        drawn.append(step)
+        return of_step(self, step)
+
+    monkeypatch.setattr(PictureNoise, "of_step", counted)
     steps = noise([1]).of_steps(100)
     assert (len(steps), len(steps[60:]), len(steps[60:][30:])) == (100, 40, 10)
     assert drawn == []
