@@ -167,15 +167,19 @@ class Generator:
 
     def _check_sampling(self, sampling: Sampling) -> None:
         """The sampler's own checks, by a run that calls no network."""
-        edit, start, why = self.options.edit, None, ""
+        edit, start = self.options.edit, self._schedule.num_timesteps
         if edit is not None and edit.kind == "image_to_image":
-            start = max(1, round(edit.strength * self._schedule.num_timesteps))
-            why = f"; strength={edit.strength} leaves no more"
+            start = max(1, round(edit.strength * start))
+            if sampling.num_inference_steps > start:
+                raise ConfigError(
+                    f"num_inference_steps={sampling.num_inference_steps} must be at most {start}, the noise levels "
+                    f"that strength={edit.strength} leaves; take fewer steps or more strength"
+                )
         like = [torch.empty(1, 3, side, side, device="meta") for side in self.resolutions]
         try:
             SamplerRun(self._network, like, schedule=self._schedule, sampling=sampling, start=start)
         except ValueError as error:
-            raise ConfigError(f"{error}{why if 'num_inference_steps' in str(error) else ''}") from error
+            raise ConfigError(str(error)) from error
 
     def _noise(self, seed: int, noise_ids: Sequence[int]) -> PictureNoise:
         return PictureNoise(seed=seed, noise_ids=noise_ids, resolutions=self.resolutions, device=self._device)
