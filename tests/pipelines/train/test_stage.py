@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mdm_core.errors import CheckpointError
 from pipelines.data.table import SampleTable
+from pipelines.sample.generator import Generator
 from pipelines.train.checkpoint import latest_checkpoint, list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.stage import Place, RunContext
@@ -138,3 +140,62 @@ def test_a_run_whose_checkpoints_are_all_unreadable_does_not_start_over(table: S
     with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints of .* can be used: they are damaged, or of"):
         train(config, table)
     assert len(list_checkpoints(config.checkpoint.uri)) == 3
+
+
+def test_levels_that_run_twice_give_the_same_bits(
+    table: SampleTable, tmp_path: Path, unbroken: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """Named levels of the shell are no fault in the stage that has no shell yet."""
+    expected, theirs = losses(unbroken[1]), tensors(str(unbroken[0] / "run"))
+    for number, levels in enumerate((["all"], ["16.down.0", "8.down.1", "8.mid.0", "16.up.1"])):
+        config = run_config(table, tmp_path / str(number), scaling={"checkpoint_levels": levels})
+        assert losses(train(config, table)) == expected
+        ours = tensors(config.checkpoint.uri)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_levels_that_run_twice_are_no_part_of_a_run(
+    table: SampleTable, tmp_path: Path, unbroken: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    config = run_config(table, tmp_path, scaling={"checkpoint_levels": ["16.up.0"]})
+    with pytest.raises(Killed):
+        train(config, table, die_after=3)
+    assert config.identity() == run_config(table, tmp_path).identity()
+    events = train(run_config(table, tmp_path), table)
+    assert losses(events).items() <= losses(unbroken[1]).items()
+
+
+def test_a_level_that_no_network_has_is_refused(table: SampleTable, tmp_path: Path) -> None:
+    message = (
+        r"scaling\.checkpoint_levels names '32\.down\.0', which is no level of the networks; there are 16\.down\.0, "
+    )
+    with pytest.raises(ValueError, match=message):
+        run_config(table, tmp_path, scaling={"checkpoint_levels": ["16.down.0", "32.down.0"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "weighting"),
+    [
+        ({"prediction_type": "x0", "schedule": "cosine", "shift": "signal", "shift_power": 2.0}, "min_snr"),
+        ({"prediction_type": "eps", "schedule": "sigmoid"}, "eps"),
+    ],
+)
+def test_a_run_keeps_its_prediction_type_and_schedule(
+    table: SampleTable, tmp_path: Path, changes: dict[str, Any], weighting: str
+) -> None:
+    values = run_config(table, tmp_path).model_dump()
+    stages = [stage | {"loss_weighting": weighting} for stage in values["stages"]]
+    config = run_config(table, tmp_path, model=values["model"] | changes, stages=stages)
+    text = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(0)), torch.ones(1, 3, dtype=torch.bool)
+    events: list[dict[str, Any]] = []
+    train_stages(RunContext(config, table.version, "run", text), place=Place(), post=events.append)
+    manifest = open_checkpoint(config.checkpoint.uri).manifest
+    assert manifest.prediction_type == changes["prediction_type"]
+    schedule = {"kind": changes["schedule"], "shift": changes.get("shift", "snr")}
+    assert manifest.schedule == schedule | {"num_timesteps": 1000, "shift_power": changes.get("shift_power", 1.0)}
+    # The preview of the last step is what the checkpoint makes.
+    shown = [event["pictures"] for event in events if "pictures" in event][-1]
+    generator = Generator.from_checkpoint(config.checkpoint.uri, device="cpu")
+    made = generator.generate_from_text(*text, noise_ids=[0], seed=0, guidance_scale=3.0, num_inference_steps=16)
+    for side, level in zip((16, 8), made, strict=True):
+        np.testing.assert_array_equal(shown[side], level)

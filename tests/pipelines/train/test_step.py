@@ -1,0 +1,105 @@
+"""The loss of a step for every prediction type, schedule and weighting, against its formula written out."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.train.batches import Batch
+from pipelines.train.config import ModelConfig
+from pipelines.train.step import losses
+
+SIDES = (16, 8)
+ROWS = 6
+
+
+def model(**changes: Any) -> ModelConfig:
+    network = {"num_resnets": [1, 1], "num_groups": 4, "num_heads": 2, "time_dim": 16}
+    values = {
+        "networks": [
+            {"resolution": 16, "channels": [4, 8], "num_attention_layers": [0, 0], "mid_blocks": False, **network},
+            {"resolution": 8, "channels": [8, 8], "num_attention_layers": [0, 1], **network},
+        ],
+        "num_timesteps": 100,
+    }
+    return ModelConfig.model_validate(values | changes)
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        x0=torch.randint(0, 256, (ROWS, 3, 16, 16), dtype=torch.uint8, generator=generator),
+        text_emb=torch.zeros(ROWS, 2, 5),
+        text_mask=torch.ones(ROWS, 2, dtype=torch.bool),
+        timestep=torch.tensor([0, 3, 20, 50, 80, 98]),
+        noise=[torch.randn(ROWS, 3, side, side, generator=generator) for side in SIDES],
+        ids=[b""] * ROWS,
+    )
+
+
+class Recorder(torch.nn.Module):
+    """Answers with fixed pictures and keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_t: list[Tensor] = []
+        generator = torch.Generator().manual_seed(1)
+        self.answers = [torch.randn(ROWS, 3, side, side, generator=generator) for side in SIDES]
+
+    def forward(self, x_t: list[Tensor], *rest: Tensor) -> list[Tensor]:
+        self.x_t = x_t
+        return self.answers
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "weighting", "schedule"),
+    [
+        *product(["v", "eps", "x0"], ["v", "eps", "x0", "min_snr"], [{}]),
+        ("v", "eps", {"shift": "signal", "shift_power": 2.0}),
+        ("eps", "eps", {"schedule": "sigmoid", "shift_power": 0.5}),
+        ("x0", "min_snr", {"schedule": "cosine"}),
+        ("v", "v", {"schedule": "linear", "shift": "signal"}),
+    ],
+)
+def test_the_loss_is_the_weighted_error_of_what_is_asked_for(
+    prediction_type: Any, weighting: Any, schedule: dict[str, Any]
+) -> None:
+    config = model(prediction_type=prediction_type, **schedule)
+    noise_schedule, network, given = config.noise_schedule(), Recorder(), batch()
+    rows = losses(
+        network,
+        given,
+        alpha_bars=noise_schedule.alpha_bars(SIDES),
+        resolutions=SIDES,
+        resolution_weights=(2.0, 0.5),
+        weighting=weighting,
+        min_snr_gamma=3.0,
+        divisors=noise_schedule.signal_divisors(SIDES),
+        prediction_type=config.prediction_type,
+    )
+    finest = given.x0.double().numpy() / 127.5 - 1
+    for r, (side, weight) in enumerate(zip(SIDES, (2.0, 0.5), strict=True)):
+        signal = noise_schedule.alpha_bar(side / 8).double().numpy()[given.timestep.numpy() + 1][:, None, None, None]
+        x0 = finest if side == 16 else finest.reshape(ROWS, 3, 8, 2, 8, 2).mean(axis=(3, 5))
+        if schedule.get("shift") == "signal":
+            x0 = x0 / (side / 8) ** (schedule.get("shift_power", 1.0) / 2)
+        eps, answer = given.noise[r].double().numpy(), network.answers[r].double().numpy()
+        x_t = np.sqrt(signal) * x0 + np.sqrt(1 - signal) * eps
+        np.testing.assert_allclose(network.x_t[r].numpy(), x_t, atol=1e-5)
+        # All three of what the network answers.
+        if prediction_type == "v":
+            clean = np.sqrt(signal) * x_t - np.sqrt(1 - signal) * answer
+        else:
+            clean = answer if prediction_type == "x0" else (x_t - np.sqrt(1 - signal) * answer) / np.sqrt(signal)
+        noise = (x_t - np.sqrt(signal) * clean) / np.sqrt(1 - signal)
+        snr = signal / (1 - signal)
+        error = {
+            "x0": (clean - x0) ** 2,
+            "eps": (noise - eps) ** 2,
+            "v": (np.sqrt(signal) * (noise - eps) - np.sqrt(1 - signal) * (clean - x0)) ** 2,
+            "min_snr": np.minimum(snr, 3.0) * (clean - x0) ** 2,
+        }[weighting]
+        np.testing.assert_allclose(rows[r].numpy(), weight * error.mean(axis=(1, 2, 3)), rtol=2e-4)
