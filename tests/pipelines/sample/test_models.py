@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdm_core.apple_config import config_from_apple
-from mdm_core.apple_weights import load_apple_checkpoint, load_apple_weights, save_apple_checkpoint
+from mdm_core.apple_weights import AppleCheckpoint, load_apple_checkpoint, load_apple_weights, save_apple_checkpoint
 from mdm_core.conditioning import Condition
 from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.guidance import Guidance
@@ -22,6 +22,7 @@ from pipelines import storage
 from pipelines.sample import models
 from pipelines.sample.generator import Generator, Options, Pictures
 from pipelines.sample.noise import PictureNoise
+from pipelines.sample.published import published_shape
 from pipelines.train.checkpoint import Checkpoint, Manifest, save_checkpoint
 
 from .conftest import WIDTH, embedding, random_network, small_config
@@ -259,3 +260,17 @@ def test_a_file_on_object_storage_is_copied_for_the_time_of_loading(
     for key, value in random_network(small_config()).state_dict().items():
         assert torch.equal(model.network.state_dict()[key], value)
     assert model.text.max_tokens == 128
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_each_preset_is_known_by_its_keys_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        state = build_network(PRESETS[name].config).state_dict()
+    nothing: dict[str, Any] = dict.fromkeys(("batch_num", "loss", "best_avg_loss", "exp_avg_loss", "exp_avg_loss_var"))
+    shape = published_shape(AppleCheckpoint(state_dict=state, args=None, **nothing), what="file")
+    assert (shape.name, shape.config, shape.schedule) == (name, PRESETS[name].config, PRESETS[name].schedule)
+    # One layer of another width, and it is none of them.
+    key = next(key for key in state if key.endswith("lm_proj.weight"))
+    state[key] = torch.empty(7, 7, device="meta")
+    with pytest.raises(CheckpointError, match=r"lm_proj\.weight is \(7, 7\), wanted \(2048, 2048\)"):
+        published_shape(AppleCheckpoint(state_dict=state, args=None, **nothing), what="file")

@@ -1,6 +1,7 @@
 """Solvers and guidance as configured, against the sampler called by hand; a picture does not depend on its batch."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
 from mdm_core.samplers import Sampling, sample
 from mdm_core.thresholding import Threshold
+from pipelines.run_config import dump_config, load_config
 from pipelines.sample.config import SampleConfig
 from pipelines.sample.generator import Generator, Options, Pictures
 from pipelines.sample.noise import PictureNoise
@@ -164,3 +166,24 @@ def test_what_does_not_fit_the_network_is_refused_before_work(words: list[tuple[
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SampleConfig(checkpoint="x", captions=("x",), **fields)
+
+
+def test_the_printed_configuration_is_the_same_configuration(tmp_path: Path) -> None:
+    flags = [
+        "--checkpoint",
+        "x",
+        "--captions",
+        "[a]",
+        "--guidance_scale",
+        "[3, 2.5]",
+        "--guidance_interval",
+        "[0, 0.5]",
+    ]
+    config = load_config(SampleConfig, flags, prog="mdm sample", description="")
+    assert (config.guidance_scale, config.guidance_interval) == ((3.0, 2.5), (0.0, 0.5))
+    (tmp_path / "printed.yaml").write_text(dump_config(config))
+    again = load_config(SampleConfig, ["--config", str(tmp_path / "printed.yaml")], prog="mdm sample", description="")
+    assert again == config
+    assert SampleConfig(checkpoint="x", captions=("a",)).sampling() == Sampling(
+        num_inference_steps=32, guidance=Guidance(scale=3.0)
+    )
