@@ -32,11 +32,18 @@ class Measured:
     def _step(self) -> dict[str, float | int]:
         self._calls.reset()
         self._synchronize()
-        began_s = time.perf_counter()
+        before, began_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         self._contender.step()
         self._synchronize()
         seconds = time.perf_counter() - began_s
-        return {"seconds": seconds, "network_calls": self._calls.calls, "network_rows": self._calls.rows}
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "seconds": seconds,
+            "user_s": after.ru_utime - before.ru_utime,
+            "system_s": after.ru_stime - before.ru_stime,
+            "network_calls": self._calls.calls,
+            "network_rows": self._calls.rows,
+        }
 
     def _memory(self) -> dict[str, int]:
         return {"peak_memory_bytes": peak_memory_bytes(self._device), "memory_before_bytes": self._memory_before}

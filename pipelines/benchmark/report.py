@@ -19,7 +19,8 @@ def measured_record(
     """The record of one contender.
 
     Args:
-        steps: What each timed step said: `seconds`, `network_calls` and `network_rows`.
+        steps: What each timed step said: `seconds`; `user_s` and `system_s`, the processor time of all threads in the
+            process's own code and in the kernel, which gives out memory; `network_calls` and `network_rows`.
         batch: Pictures of a step.
         flops_per_row: FLOPs that the network needs for one row of what it is called with.
         memory: `peak_memory_bytes`, the most that the process had, and `memory_before_bytes`, the most before there was
@@ -37,6 +38,8 @@ def measured_record(
     return {
         "steps": len(steps),
         "step_s": {"median": median, "first_quartile": first, "third_quartile": third, "fastest": fastest},
+        "user_s": float(np.median([step["user_s"] for step in steps])),
+        "system_s": float(np.median([step["system_s"] for step in steps])),
         "steps_per_s": 1 / median,
         "images_per_s": batch / median,
         "flops_per_step": flops,
@@ -112,6 +115,8 @@ def _rows(contenders: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             lambda r: f"{r['step_s']['first_quartile']:.3g}–{r['step_s']['third_quartile']:.3g}",
         ),
         row("fastest", lambda r: f"{r['step_s']['fastest']:.3g}"),
+        row("processor: own code", lambda r: f"{r['user_s']:.3g}"),
+        row("processor: kernel", lambda r: f"{r['system_s']:.3g}"),
         row("images/s", lambda r: f"{r['images_per_s']:.3g}"),
         row("GFLOP/s", lambda r: f"{r['flops_per_s'] / 1e9:,.4g}"),
         row("of the device's peak", lambda r: _share(r["share_of_peak"])),

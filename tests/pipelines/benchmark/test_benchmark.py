@@ -27,6 +27,8 @@ def check_ratios(result: dict[str, Any]) -> None:
     for record in (ours, plain):
         assert record["step_s"]["fastest"] <= record["step_s"]["first_quartile"]
         assert record["step_s"]["first_quartile"] <= record["step_s"]["median"] <= record["step_s"]["third_quartile"]
+        assert record["user_s"] > 0
+        assert record["system_s"] >= 0
         assert record["images_per_s"] == pytest.approx(result["batch"] / record["step_s"]["median"])
         assert record["flops_per_s"] == pytest.approx(record["flops_per_step"] / record["step_s"]["median"])
         assert record["memory_before_bytes"] < record["peak_memory_bytes"]
