@@ -5,7 +5,7 @@ each one before it is a shell around the rest. Progressive training takes suffix
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from mdm_core.errors import ConfigError
@@ -109,6 +109,8 @@ class UNetConfig:
 
     def _check_levels(self) -> None:
         levels = len(self.channels)
+        if not self.channels or min(self.channels) < 1:
+            raise ConfigError(f"channels={list(self.channels)} must be at least one number, each at least 1")
         for name in ("num_resnets", "num_attention_layers", "num_temporal_layers"):
             given = getattr(self, name)
             if len(given) != levels and not (name == "num_temporal_layers" and not given):
@@ -131,6 +133,8 @@ class UNetConfig:
         if self.time_width % 8:
             raise ConfigError(f"time width {self.time_width} must be a multiple of 8; set time_dim")
         for name, divisor, widths in checks:
+            if divisor < 1:
+                raise ConfigError(f"{name}={divisor} must be at least 1")
             for width in widths:
                 if width % divisor:
                     raise ConfigError(f"channels={list(self.channels)}: {width} is not a multiple of {name}={divisor}")
@@ -226,9 +230,25 @@ class MatryoshkaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MatryoshkaConfig":
-        """The configuration that `to_dict` wrote."""
+        """The configuration that `to_dict` wrote, in this version or an earlier one.
+
+        Raises:
+            ConfigError: If a field is unknown, or the networks contradict each other.
+        """
         networks: Sequence[Mapping[str, Any]] = values["networks"]
-        return cls(tuple(UNetConfig(**_with_tuples(network)) for network in networks))
+        return cls(tuple(_network_from(network) for network in networks))
+
+
+def _network_from(values: Mapping[str, Any]) -> UNetConfig:
+    given = _with_tuples(values)
+    # Version 0.1.0 had one micro-condition at most, and a field of its own for it.
+    scale = given.pop("scale_condition", None)
+    if scale is not None:
+        given["micro_conditions"] = (("scale", float(scale)),)
+    known = {field.name for field in fields(UNetConfig)}
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"a network has the unknown field {unknown[0]!r}; it was written by a newer version of mdm")
+    return UNetConfig(**given)
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

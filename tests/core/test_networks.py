@@ -1,6 +1,7 @@
 """What a user relies on in the networks: growth, text and its absence, fused kernels, bad shapes."""
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,12 @@ SHELL = UNetConfig(
     num_heads=4,
     num_groups=8,
 )
+
+# What UNetConfig has had since 0.1.0; a file of that version lacks them.
+NEW_FIELDS = {
+    "num_text_layers", "num_classes", "micro_conditions", "num_attention_groups", "feed_inner", "video",
+    "num_temporal_layers", "rotary_positions",
+}  # fmt: skip
 
 
 def randomised(network: UNet, seed: int = 0) -> UNet:
@@ -121,6 +128,8 @@ def test_every_parameter_learns() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"channels": (), "num_resnets": (), "num_attention_layers": ()}, r"channels=\[\] must be at least one number"),
+        ({"num_groups": 0}, "num_groups=0 must be at least 1"),
         ({"num_resnets": (1,)}, "num_resnets=.1. has 1 entries, but channels=.8, 16. has 2"),
         ({"resolution": 15}, "resolution=15 can't be halved 1 times"),
         ({"num_groups": 6}, "8 is not a multiple of num_groups=6"),
@@ -244,3 +253,20 @@ def test_frames_lie_row_by_row_on_the_grid() -> None:
 def test_contradictions_of_a_shell_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MatryoshkaConfig((replace(SHELL, **change), INNER))
+
+
+def test_a_configuration_of_the_version_before_is_read() -> None:
+    before = {name: value for name, value in SHELL.__dict__.items() if name not in NEW_FIELDS}
+    written = json.loads(json.dumps({"networks": [{**before, "scale_condition": scale} for scale in (None, 16)]}))
+    read = [
+        MatryoshkaConfig.from_dict({"networks": [{**network, "mid_blocks": True}]}) for network in written["networks"]
+    ]
+    wanted = [replace(SHELL, mid_blocks=True, micro_conditions=micros) for micros in ((), (("scale", 16.0),))]
+    assert [config.networks for config in read] == [(network,) for network in wanted]
+
+
+def test_a_field_that_is_not_known_is_named() -> None:
+    values = MatryoshkaConfig((INNER,)).to_dict()
+    values["networks"][0]["shape"] = 3
+    with pytest.raises(ConfigError, match="a network has the unknown field 'shape'"):
+        MatryoshkaConfig.from_dict(values)
