@@ -13,33 +13,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdm_core.conditioning import Condition
-from mdm_core.denoiser import Network
+from mdm_core.denoiser import Diffusion
 from mdm_core.noise_schedule import NoiseSchedule
-from mdm_core.parameterization import PredictionType, add_noise
+from mdm_core.parameterization import add_noise
 from mdm_core.pyramid import build_pyramid
 from mdm_core.samplers import SamplerRun, Sampling, Stepping
 
 
 def upscale(
-    network: Network,
+    diffusion: Diffusion,
     low: Tensor,
     noise: list[Tensor],
     *,
-    schedule: NoiseSchedule,
     sampling: Sampling,
-    prediction_type: PredictionType = "v",
     condition: Condition | None = None,
     **stepping: Unpack[Stepping],
 ) -> list[Tensor]:
     """Finer versions of a picture: average-pooled, each gives it back.
 
     Args:
-        network: See `sample`.
+        diffusion: See `sample`.
         low: (B, 3, r, r) in [-1, 1], r any of the network's resolutions but the finest.
         noise: See `sample`; at every resolution.
-        schedule: See `sample`.
         sampling: See `sample`.
-        prediction_type: See `sample`.
         condition: See `sample`.
         **stepping: `generator`, `step_noise` and `on_step` of `sample`; `repeats` of `inpaint`.
 
@@ -60,15 +56,7 @@ def upscale(
     def project(x0: list[Tensor]) -> list[Tensor]:
         return [_with_averages(x, low) for x in x0[:finer]] + known
 
-    run = SamplerRun(
-        network,
-        noise,
-        schedule=schedule,
-        sampling=sampling,
-        prediction_type=prediction_type,
-        condition=condition,
-        project=project,
-    )
+    run = SamplerRun(diffusion, noise, sampling=sampling, condition=condition, project=project)
     everywhere = [torch.ones_like(x[:, :1], dtype=torch.bool) for x in known]
     x_t = noise[:finer] + _held(run, noise, known, everywhere, finer)
     x0 = run.denoise(x_t, **stepping)
@@ -76,27 +64,23 @@ def upscale(
 
 
 def inpaint(
-    network: Network,
+    diffusion: Diffusion,
     image: Tensor,
     mask: Tensor,
     noise: list[Tensor],
     *,
-    schedule: NoiseSchedule,
     sampling: Sampling,
-    prediction_type: PredictionType = "v",
     condition: Condition | None = None,
     **stepping: Unpack[Stepping],
 ) -> list[Tensor]:
     """A picture with a region made anew; the rest comes back exactly.
 
     Args:
-        network: See `sample`.
+        diffusion: See `sample`.
         image: (B, 3, r, r) in [-1, 1] at the finest resolution; its values in the region don't matter.
         mask: (B, 1, r, r) bool, True = make anew. At a coarser resolution a pixel is kept where all under it is.
         noise: See `sample`.
-        schedule: See `sample`.
         sampling: See `sample`.
-        prediction_type: See `sample`.
         condition: See `sample`.
         **stepping: `generator`, `step_noise` and `on_step` of `sample`, and `repeats`: how often each step is made,
             going back in between, which fits the region to the rest (arXiv 2201.09865, algorithm 1; 10 there).
@@ -112,48 +96,37 @@ def inpaint(
         raise ValueError(
             f"mask is {tuple(mask.shape)} {mask.dtype}; wanted {(noise[0].shape[0], 1, *noise[0].shape[2:])} bool"
         )
+    _check_image(image, noise)
     known = build_pyramid(torch.where(mask, 0.0, image), resolutions)
     kept = [~F.max_pool2d(mask.float(), resolutions[0] // side).bool() for side in resolutions]
 
     def project(x0: list[Tensor]) -> list[Tensor]:
         return [torch.where(keep, k, x) for keep, k, x in zip(kept, known, x0, strict=True)]
 
-    run = SamplerRun(
-        network,
-        noise,
-        schedule=schedule,
-        sampling=sampling,
-        prediction_type=prediction_type,
-        condition=condition,
-        project=project,
-    )
+    run = SamplerRun(diffusion, noise, sampling=sampling, condition=condition, project=project)
     x0 = run.denoise(_held(run, noise, known, kept), **stepping)
     return project([x.clamp(-1, 1) for x in x0])
 
 
 def image_to_image(
-    network: Network,
+    diffusion: Diffusion,
     image: Tensor,
     noise: list[Tensor],
     *,
     strength: float,
-    schedule: NoiseSchedule,
     sampling: Sampling,
-    prediction_type: PredictionType = "v",
     condition: Condition | None = None,
     **stepping: Unpack[Stepping],
 ) -> list[Tensor]:
     """A picture changed: noised part of the way, and denoised again (arXiv 2108.01073, section 3).
 
     Args:
-        network: See `sample`.
+        diffusion: See `sample`.
         image: (B, 3, r, r) in [-1, 1] at the finest resolution.
         noise: See `sample`.
-        strength: t in (0, 1] at which it begins: near 0 the picture comes back, 1 keeps nothing of it. All of
-            `num_inference_steps` are made from there.
-        schedule: See `sample`.
+        strength: t in (0, 1] at which it begins: near 0 the picture comes back, 1 keeps of it what the schedule leaves
+            at its noisiest level, next to nothing with most. All of `num_inference_steps` are made from there.
         sampling: See `sample`.
-        prediction_type: See `sample`.
         condition: See `sample`.
         **stepping: `generator`, `step_noise` and `on_step` of `sample`; `repeats` of `inpaint`.
 
@@ -163,26 +136,34 @@ def image_to_image(
     Raises:
         ValueError: If the strength is out of range, or leaves fewer noise levels than steps.
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength} must be above 0 (the picture itself) and at most 1 (all noise)")
-    start = max(1, round(strength * schedule.num_timesteps))
     run = SamplerRun(
-        network,
-        noise,
-        schedule=schedule,
-        sampling=sampling,
-        prediction_type=prediction_type,
-        condition=condition,
-        start=start,
+        diffusion, noise, sampling=sampling, condition=condition, start=first_level(strength, diffusion.schedule)
     )
+    _check_image(image, noise)
     pictures = build_pyramid(image, _resolutions(noise))
     x_t = _held(run, noise, pictures, [torch.ones_like(x[:, :1], dtype=torch.bool) for x in pictures])
     x0 = run.denoise(x_t, **stepping)
     return [x.clamp(-1, 1) for x in x0]
 
 
+def first_level(strength: float, schedule: NoiseSchedule) -> int:
+    """The noise level at which `image_to_image` begins.
+
+    Raises:
+        ValueError: If the strength is not in (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must be above 0 (the picture itself) and at most 1 (all noise)")
+    return max(1, round(strength * schedule.num_timesteps))
+
+
 def _resolutions(noise: list[Tensor]) -> tuple[int, ...]:
     return tuple(x.shape[-1] for x in noise)
+
+
+def _check_image(image: Tensor, noise: list[Tensor]) -> None:
+    if image.shape != noise[0].shape:
+        raise ValueError(f"image is {tuple(image.shape)}; wanted {tuple(noise[0].shape)}, as the finest noise is")
 
 
 def _held(

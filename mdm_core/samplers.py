@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mdm_core.conditioning import Condition
-from mdm_core.denoiser import Denoiser, Network
+from mdm_core.denoiser import Denoiser, Diffusion
 from mdm_core.guidance import Guidance
 from mdm_core.noise_schedule import NoiseSchedule
-from mdm_core.parameterization import PredictionType, add_noise, check_prediction_type
+from mdm_core.parameterization import add_noise
 from mdm_core.sampler_steps import ddim_step, ddpm_step, extrapolated, heun_corrected
 from mdm_core.thresholding import Threshold
 
@@ -22,7 +22,8 @@ Solver = Literal["ddpm", "ddim", "heun", "dpmpp_2m"]
 Spacing = Literal["trailing", "reference"]
 
 LARGEST_SIGMA = 80.0
-"""Where `heun` begins (arXiv 2206.00364, table 1): its correction grows with sigma and is no use beyond."""
+"""Where `heun` begins at the innermost resolution (arXiv 2206.00364, table 1). Between the noisiest levels sigma falls
+by orders of magnitude in a step, and its correction grows with that ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,10 @@ class Stepping(TypedDict, total=False):
 
 
 def sample(
-    network: Network,
+    diffusion: Diffusion,
     noise: list[Tensor],
     *,
-    schedule: NoiseSchedule,
     sampling: Sampling,
-    prediction_type: PredictionType = "v",
     condition: Condition | None = None,
     generator: torch.Generator | None = None,
     step_noise: Sequence[list[Tensor]] | None = None,
@@ -97,25 +96,22 @@ def sample(
     """Denoises every resolution together, from the noisiest level down.
 
     Args:
-        network: Predicts what `prediction_type` says; called on 2B rows where guidance is on.
-        noise: One (B, 3, r, r) a resolution, standard normal.
-        schedule: What the network was trained with.
+        diffusion: The network, and what it was trained with.
+        noise: One (B, 3, r, r) a resolution, standard normal, in the type that the network reads; the steps between
+            its calls are computed in float32 at least.
         sampling: Solver, steps, guidance and threshold.
-        prediction_type: What the network was trained to output.
         condition: What the pictures show, B rows; None for nothing.
         generator: Draws the noise of the steps, where the solver adds any; its device must be the noise's.
         step_noise: That noise itself: for each step but the last one (B, 3, r, r) a resolution.
         on_step: Called after each step.
 
     Returns:
-        One (B, 3, r, r) in [-1, 1] a resolution, finest first.
+        One (B, 3, r, r) in [-1, 1] a resolution, finest first, in float32 at least.
 
     Raises:
         ValueError: If the number of steps, the noise, the condition or the guidance don't fit.
     """
-    run = SamplerRun(
-        network, noise, schedule=schedule, sampling=sampling, prediction_type=prediction_type, condition=condition
-    )
+    run = SamplerRun(diffusion, noise, sampling=sampling, condition=condition)
     x0 = run.denoise(noise, generator=generator, step_noise=step_noise, on_step=on_step)
     return [picture.clamp(-1, 1) for picture in x0]
 
@@ -125,12 +121,10 @@ class SamplerRun:
 
     def __init__(
         self,
-        network: Network,
+        diffusion: Diffusion,
         like: list[Tensor],
         *,
-        schedule: NoiseSchedule,
         sampling: Sampling,
-        prediction_type: PredictionType = "v",
         condition: Condition | None = None,
         start: int | None = None,
         project: Callable[[list[Tensor]], list[Tensor]] | None = None,
@@ -138,34 +132,33 @@ class SamplerRun:
         """Makes a run.
 
         Args:
-            network: See `sample`.
+            diffusion: See `sample`.
             like: One (B, 3, r, r) a resolution, finest first, whose shape, type and device the pictures have.
-            schedule: See `sample`.
             sampling: See `sample`.
-            prediction_type: See `sample`.
             condition: See `sample`.
             start: The noise level to begin at, at most N; None for N.
             project: Applied to each estimate of the clean pictures, in [-1, 1], at all resolutions together.
         """
-        check_prediction_type(prediction_type)
         _check_rows(like, condition, sampling.guidance.negative)
-        resolutions = tuple(x.shape[-1] for x in like)
+        schedule, resolutions = diffusion.schedule, tuple(x.shape[-1] for x in like)
+        sampling.guidance.scales(len(resolutions))
         self.sampling, self._project = sampling, project
         self.divisors = schedule.signal_divisors(resolutions)
-        alpha_bars = schedule.alpha_bars(resolutions).to(like[0])
-        sampling.guidance.scales(len(resolutions))
+        # 1 - alpha_bar is 0 in half precision where little noise is left.
+        self._dtype = torch.promote_types(like[0].dtype, torch.float32)
+        alpha_bars = schedule.alpha_bars(resolutions).to(like[0].device, self._dtype)
         self._denoiser = Denoiser(
-            network=network,
+            diffusion=diffusion,
             alpha_bars=alpha_bars,
             divisors=self.divisors,
-            prediction_type=prediction_type,
+            dtype=like[0].dtype,
             condition=Condition() if condition is None else condition,
             guidance=sampling.guidance,
             threshold=sampling.threshold,
         )
         start = schedule.num_timesteps if start is None else start
         if sampling.solver == "heun":
-            start = min(start, _level_of_sigma(schedule, LARGEST_SIGMA, resolutions[0] / resolutions[-1]))
+            start = min(start, _level_of_sigma(schedule, LARGEST_SIGMA))
         self.levels = noise_levels(start, sampling.num_inference_steps, sampling.spacing)
         self.signals = alpha_bars[:, self.levels]  # (R, n + 1)
 
@@ -186,19 +179,24 @@ class SamplerRun:
             step_noise: See `sample`.
             on_step: See `sample`.
             repeats: How often each step but the last is made, going back in between (arXiv 2201.09865, algorithm 1).
+
+        Raises:
+            ValueError: If there is too little step noise, or some while steps are repeated, which take more.
         """
         total = self.sampling.num_inference_steps
         if repeats < 1:
             raise ValueError(f"repeats={repeats} must be at least 1, which makes each step once")
         if step_noise is not None and len(step_noise) < total - 1:
             raise ValueError(f"step_noise has {len(step_noise)} entries; {total} steps need {total - 1}")
-        x_t, before = list(x_t), None
+        if step_noise is not None and repeats > 1:
+            raise ValueError(f"repeats={repeats} draws noise of its own in between; give a generator, not step_noise")
+        x_t, before = [x.to(self._dtype) for x in x_t], None
         with torch.no_grad():
             for i in range(total):
                 again = repeats if i + 1 < total else 1
                 for repeat in range(again):
                     x0, estimate = self._estimates(x_t, i, before)
-                    x_t = self._move(x_t, estimate, i, generator, None if step_noise is None else step_noise[i:])
+                    x_t = self._move(x_t, estimate, i, generator, step_noise)
                     if repeat + 1 < again:
                         x_t = self._go_back(x_t, i, generator)
                 before = x0
@@ -244,7 +242,7 @@ class SamplerRun:
             if not ancestral and eta == 0:
                 moved.append(ddim_step(x, clean, now, then))
                 continue
-            draw = _normal(x, generator) if step_noise is None else step_noise[0][r]
+            draw = _normal(x, generator) if step_noise is None else step_noise[i][r].to(x)
             step = ddpm_step(x, clean, now, then, draw) if ancestral else ddim_step(x, clean, now, then, eta, draw)
             moved.append(step)
         return moved
@@ -282,10 +280,10 @@ def _check_rows(pictures: list[Tensor], *conditions: Condition | None) -> None:
         )
 
 
-def _level_of_sigma(schedule: NoiseSchedule, sigma: float, resolution_ratio: float) -> int:
-    """The noisiest level at which √((1 − alpha_bar) ÷ alpha_bar) is at most `sigma`."""
+def _level_of_sigma(schedule: NoiseSchedule, sigma: float) -> int:
+    """The noisiest level at which √((1 − alpha_bar) ÷ alpha_bar) of the innermost resolution is at most `sigma`."""
     log_snr = -2 * torch.tensor(sigma, dtype=torch.float64).log()
-    return max(1, int(schedule.t_at(log_snr, resolution_ratio) * schedule.num_timesteps + 1e-6))
+    return max(1, int(schedule.t_at(log_snr) * schedule.num_timesteps + 1e-6))
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:

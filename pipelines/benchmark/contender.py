@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mdm_core.conditioning import Condition
 from mdm_core.config import MatryoshkaConfig
+from mdm_core.denoiser import Diffusion
 from mdm_core.ema import PowerEma
 from mdm_core.guidance import Guidance
 from mdm_core.nested_unet import build_network
@@ -142,7 +143,7 @@ class Generation:
             solver=config.solver,
             guidance=Guidance(scale=config.guidance_scale),
         )
-        self._schedule = PRESETS[config.preset].schedule
+        self._diffusion = Diffusion(self.network, PRESETS[config.preset].schedule)
         self._autocast = _autocast(config, device)
         self._generator = torch.Generator(device).manual_seed(0)
 
@@ -150,9 +151,8 @@ class Generation:
         """From noise to pictures."""
         with self._autocast():
             sample(
-                self.network,
+                self._diffusion,
                 self._noise,
-                schedule=self._schedule,
                 sampling=self._sampling,
                 condition=self._condition,
                 generator=self._generator,

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdm_core.conditioning import Condition
-from mdm_core.editing import image_to_image, inpaint, upscale
+from mdm_core.denoiser import Diffusion
+from mdm_core.editing import first_level, image_to_image, inpaint, upscale
 from mdm_core.errors import ConfigError
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
@@ -40,9 +41,7 @@ class Options:
 class _Settings(TypedDict):
     """What sampling from noise and from pictures have in common."""
 
-    schedule: NoiseSchedule
     sampling: Sampling
-    prediction_type: PredictionType
     condition: Condition
     step_noise: StepNoise
 
@@ -66,9 +65,8 @@ class Generator:
             prediction_type: What it answers.
             text: How captions are encoded for it; None where they come encoded.
         """
-        self._network = network.eval()
+        self._diffusion = Diffusion(network.eval(), schedule, prediction_type)
         self._device = next(network.parameters()).device
-        self._schedule, self._prediction_type = schedule, prediction_type
         self._captions = None if text is None else CaptionReader(text)
         self.options = Options()
         self.resolutions = network.resolutions
@@ -167,19 +165,14 @@ class Generator:
 
     def _check_sampling(self, sampling: Sampling) -> None:
         """The sampler's own checks, by a run that calls no network."""
-        edit, start = self.options.edit, self._schedule.num_timesteps
+        edit, start, begin = self.options.edit, None, ""
         if edit is not None and edit.kind == "image_to_image":
-            start = max(1, round(edit.strength * start))
-            if sampling.num_inference_steps > start:
-                raise ConfigError(
-                    f"num_inference_steps={sampling.num_inference_steps} must be at most {start}, the noise levels "
-                    f"that strength={edit.strength} leaves; take fewer steps or more strength"
-                )
+            start, begin = first_level(edit.strength, self._diffusion.schedule), f" from strength={edit.strength} down"
         like = [torch.empty(1, 3, side, side, device="meta") for side in self.resolutions]
         try:
-            SamplerRun(self._network, like, schedule=self._schedule, sampling=sampling, start=start)
+            SamplerRun(self._diffusion, like, sampling=sampling, start=start)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"{error}{begin}") from error
 
     def _noise(self, seed: int, noise_ids: Sequence[int]) -> PictureNoise:
         return PictureNoise(seed=seed, noise_ids=noise_ids, resolutions=self.resolutions, device=self._device)
@@ -190,24 +183,22 @@ class Generator:
         against = None if negative is None else self._condition(negative)
         noise, edit = picture_noise.initial(), self.options.edit
         settings: _Settings = {
-            "schedule": self._schedule,
             "sampling": replace(sampling, guidance=replace(sampling.guidance, negative=against)),
-            "prediction_type": self._prediction_type,
             "condition": self._condition(text),
             "step_noise": picture_noise.of_steps(sampling.num_inference_steps - 1),
         }
         if edit is None:
-            return [_to_uint8(level) for level in sample(self._network, noise, **settings)]
+            return [_to_uint8(level) for level in sample(self._diffusion, noise, **settings)]
         rows = len(text[0])
         picture = edit.picture.to(self._device).expand(rows, -1, -1, -1)
         if edit.kind == "upscale":
-            x0 = upscale(self._network, picture, noise, **settings)
+            x0 = upscale(self._diffusion, picture, noise, **settings)
         elif edit.kind == "inpaint":
             assert edit.mask is not None
             mask = edit.mask.to(self._device).expand(rows, -1, -1, -1)
-            x0 = inpaint(self._network, picture, mask, noise, **settings)
+            x0 = inpaint(self._diffusion, picture, mask, noise, **settings)
         else:
-            x0 = image_to_image(self._network, picture, noise, strength=edit.strength, **settings)
+            x0 = image_to_image(self._diffusion, picture, noise, strength=edit.strength, **settings)
         return [_to_uint8(level) for level in x0]
 
     def _condition(self, text: Text) -> Condition:

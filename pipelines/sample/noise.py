@@ -4,7 +4,7 @@ Legend: B pictures, r side of a resolution in pixels.
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class PictureNoise:
 
     def of_steps(self, count: int) -> "StepNoise":
         """What each of `count` steps may add, drawn when it is asked for."""
-        return StepNoise(self, range(count))
+        return StepNoise(self, count)
 
     def of_step(self, step: int) -> list[Tensor]:
         """What one step may add, as `initial`."""
@@ -46,23 +46,15 @@ class PictureNoise:
 class StepNoise(Sequence[list[Tensor]]):
     """The noise of the steps, of which only the latest that was asked for is in memory."""
 
-    def __init__(self, noise: PictureNoise, steps: range, latest: dict[int, list[Tensor]] | None = None) -> None:
-        self._noise, self._steps = noise, steps
-        # Shared with the slices: the sampler takes one a resolution.
-        self._latest: dict[int, list[Tensor]] = {} if latest is None else latest
+    def __init__(self, noise: PictureNoise, count: int) -> None:
+        self._noise, self._count = noise, count
+        self._latest: tuple[int, list[Tensor]] | None = None
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> list[Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "StepNoise": ...
-    def __getitem__(self, index: int | slice) -> "list[Tensor] | StepNoise":
-        if isinstance(index, slice):
-            return StepNoise(self._noise, self._steps[index], self._latest)
-        step = self._steps[index]
-        if step not in self._latest:
-            self._latest.clear()
-            self._latest[step] = self._noise.of_step(step)
-        return self._latest[step]
+    def __getitem__(self, index: Any) -> Any:
+        """(B, 3, r, r) a resolution of one step; the sampler asks once a resolution."""
+        if self._latest is None or self._latest[0] != index:
+            self._latest = (index, self._noise.of_step(range(self._count)[index]))
+        return self._latest[1]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mdm_core.conditioning import Condition
+from mdm_core.denoiser import Diffusion
 from mdm_core.guidance import Guidance
 from mdm_core.loss import matryoshka_loss, training_pairs, vdm_weights, weighted_mean
 from mdm_core.noise_schedule import NoiseSchedule
@@ -222,11 +223,11 @@ def _trajectory(case: Mapping[str, Any], data: Mapping[str, Tensor], build: Buil
             got[f"step{report.done - 1}.xs_{r}"] = report.x_t[r]
 
     pictures = sample(
-        setup.call(case.get("diffusion_config", {}).get("model_output_scale", 0)),
+        Diffusion(
+            setup.call(case.get("diffusion_config", {}).get("model_output_scale", 0)), setup.schedule, setup.prediction
+        ),
         noise,
-        schedule=setup.schedule,
         sampling=sampling,
-        prediction_type=setup.prediction,
         condition=condition,
         step_noise=step_noise,
         on_step=note,

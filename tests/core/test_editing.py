@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdm_core.denoiser import Diffusion
 from mdm_core.editing import image_to_image, inpaint, upscale
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import add_noise
@@ -56,12 +57,10 @@ def test_upscaled_pictures_average_to_the_given_one(solver: Solver, schedule: No
     low = F.avg_pool2d(painting(2), 16 // side)
     low[0, 0, 0, 0] = 1.0  # leaves its block no choice
     pictures = upscale(
-        Denoising(unruly, schedule),
+        Diffusion(Denoising(unruly, schedule), schedule, "x0"),
         low,
         normal(2, 0),
-        schedule=schedule,
         sampling=Sampling(num_inference_steps=6, solver=solver),
-        prediction_type="x0",
         generator=torch.Generator().manual_seed(1),
     )
     assert [picture.shape[-1] for picture in pictures] == list(RESOLUTIONS)
@@ -76,12 +75,10 @@ def test_upscaling_adds_the_missing_average_to_what_the_network_knows() -> None:
     known = painting(1) / 2
     low = F.avg_pool2d(known, 2) + 0.25
     fine, *_ = upscale(
-        Denoising(lambda x, a, d: F.avg_pool2d(known, 16 // x.shape[-1])),
+        Diffusion(Denoising(lambda x, a, d: F.avg_pool2d(known, 16 // x.shape[-1])), SHIFTED, "x0"),
         low,
         normal(1, 0),
-        schedule=SHIFTED,
         sampling=Sampling(num_inference_steps=4),
-        prediction_type="x0",
     )
     torch.testing.assert_close(fine, known + 0.25)
 
@@ -93,7 +90,7 @@ def test_what_is_kept_has_its_noised_value_at_every_call(solver: Solver, schedul
     mask = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
     mask[:, :, 3:9, 2:12] = True
     sampling = Sampling(num_inference_steps=5, solver=solver)
-    pictures = inpaint(network, image, mask, noise, schedule=schedule, sampling=sampling, prediction_type="x0")
+    pictures = inpaint(Diffusion(network, schedule, "x0"), image, mask, noise, sampling=sampling)
     assert torch.equal(torch.where(mask, 0, pictures[0]), torch.where(mask, 0, image))
     for r, side in enumerate(RESOLUTIONS):
         kept = ~F.max_pool2d(mask.float(), 16 // side).bool().expand(-1, 3, -1, -1)
@@ -120,13 +117,11 @@ def test_going_back_fits_the_region_to_the_rest() -> None:
     misses = []
     for repeats in (1, 4):
         pictures = inpaint(
-            Denoising(flat),
+            Diffusion(Denoising(flat), SHIFTED, "x0"),
             image,
             mask,
             normal(8, 0),
-            schedule=SHIFTED,
             sampling=Sampling(num_inference_steps=20, solver="ddpm", threshold=Threshold(kind="none")),
-            prediction_type="x0",
             generator=torch.Generator().manual_seed(2),
             repeats=repeats,
         )
@@ -146,13 +141,7 @@ def test_image_to_image_follows_the_ode_from_the_noised_picture(schedule: NoiseS
     image, noise = painting(1).double() / 2, normal(1, 0, torch.float64)
     network = Denoising(gaussian, schedule)
     pictures = image_to_image(
-        network,
-        image,
-        noise,
-        strength=0.4,
-        schedule=schedule,
-        sampling=Sampling(num_inference_steps=200),
-        prediction_type="x0",
+        Diffusion(network, schedule, "x0"), image, noise, strength=0.4, sampling=Sampling(num_inference_steps=200)
     )
     assert network.seen[0][0] == 400
     for r, side in enumerate(RESOLUTIONS):
@@ -165,22 +154,25 @@ def test_image_to_image_follows_the_ode_from_the_noised_picture(schedule: NoiseS
 def test_full_strength_keeps_nothing() -> None:
     noise, sampling = normal(1, 0), Sampling(num_inference_steps=8)
     network = Denoising(lambda x, a, d: 0.3 * torch.tanh(x))
-    changed = image_to_image(
-        network, painting(1), noise, strength=1, schedule=SHIFTED, sampling=sampling, prediction_type="x0"
-    )
-    for got, wanted in zip(
-        changed, sample(network, noise, schedule=SHIFTED, sampling=sampling, prediction_type="x0"), strict=True
-    ):
+    changed = image_to_image(Diffusion(network, SHIFTED, "x0"), painting(1), noise, strength=1, sampling=sampling)
+    for got, wanted in zip(changed, sample(Diffusion(network, SHIFTED, "x0"), noise, sampling=sampling), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    noise, common = normal(1, 0), {"schedule": SHIFTED, "sampling": Sampling(num_inference_steps=8)}
+    noise, sampling = normal(1, 0), Sampling(num_inference_steps=8)
+    diffusion, image, mask = Diffusion(Denoising(unruly), SHIFTED), painting(1), torch.ones(1, 1, 16, 16) > 0
     with pytest.raises(ValueError, match=r"low is \(1, 3, 16, 16\); wanted .* r one of \[8, 4\]"):
-        upscale(Denoising(unruly), painting(1), noise, **common)  # type: ignore[arg-type]
+        upscale(diffusion, image, noise, sampling=sampling)
     with pytest.raises(ValueError, match=r"mask is \(1, 1, 16, 16\) torch.float32; wanted \(1, 1, 16, 16\) bool"):
-        inpaint(Denoising(unruly), painting(1), torch.ones(1, 1, 16, 16), noise, **common)  # type: ignore[arg-type]
+        inpaint(diffusion, image, mask.float(), noise, sampling=sampling)
+    with pytest.raises(ValueError, match=r"image is \(2, 3, 16, 16\); wanted \(1, 3, 16, 16\)"):
+        inpaint(diffusion, painting(2), mask, noise, sampling=sampling)
+    with pytest.raises(ValueError, match=r"image is \(1, 3, 8, 8\); wanted \(1, 3, 16, 16\)"):
+        image_to_image(diffusion, image[..., :8, :8], noise, strength=0.5, sampling=sampling)
+    with pytest.raises(ValueError, match="repeats=2 draws noise of its own in between"):
+        inpaint(diffusion, image, mask, noise, sampling=sampling, step_noise=[noise] * 7, repeats=2)
     with pytest.raises(ValueError, match="strength=0 must be above 0"):
-        image_to_image(Denoising(unruly), painting(1), noise, strength=0, **common)  # type: ignore[arg-type]
+        image_to_image(diffusion, image, noise, strength=0, sampling=sampling)
     with pytest.raises(ValueError, match="num_inference_steps=8 must be between 1 and 5"):
-        image_to_image(Denoising(unruly), painting(1), noise, strength=0.005, **common)  # type: ignore[arg-type]
+        image_to_image(diffusion, image, noise, strength=0.005, sampling=sampling)

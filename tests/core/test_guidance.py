@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mdm_core.conditioning import Condition, drop_at_random
+from mdm_core.denoiser import Diffusion
 from mdm_core.guidance import Guidance
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.samplers import Sampling, sample
@@ -37,7 +38,9 @@ def captioned(*values: float) -> Condition:
 def flat_pictures(guidance: Guidance, *captions: float, network: CaptionEcho | None = None) -> list[Tensor]:
     noise = [torch.randn(len(captions), 3, side, side) for side in RESOLUTIONS]
     sampling = Sampling(num_inference_steps=7, guidance=guidance)
-    return sample(network or CaptionEcho(), noise, schedule=SCHEDULE, sampling=sampling, condition=captioned(*captions))
+    return sample(
+        Diffusion(network or CaptionEcho(), SCHEDULE), noise, sampling=sampling, condition=captioned(*captions)
+    )
 
 
 def assert_flat(level: Tensor, values: tuple[float, ...]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mdm_core.conditioning import Condition
+from mdm_core.denoiser import Diffusion
 from mdm_core.guidance import Guidance
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
@@ -54,11 +55,9 @@ def start(rows: int = 4) -> list[Tensor]:
 def errors(solver: Solver, steps: int, schedule: NoiseSchedule, prediction_type: PredictionType = "v") -> list[float]:
     noise, network = start(), GaussianOracle(schedule, prediction_type)
     pictures = sample(
-        network,
+        Diffusion(network, schedule, prediction_type),
         noise,
-        schedule=schedule,
         sampling=Sampling(num_inference_steps=steps, solver=solver),
-        prediction_type=prediction_type,
     )
     assert len(network.timesteps) == (2 * steps - 1 if solver == "heun" else steps)
     first = network.timesteps[0] + 1
@@ -97,11 +96,13 @@ def test_heun_is_the_published_loop() -> None:
     """Against arXiv 2206.00364, algorithm 1, written out in sigma for one resolution."""
     network, noise = GaussianOracle(SHIFTED), start()
     sampling = Sampling(num_inference_steps=6, solver="heun")
-    pictures = sample(network, noise, schedule=SHIFTED, sampling=sampling)
+    pictures = sample(Diffusion(network, SHIFTED), noise, sampling=sampling)
     levels = [timestep + 1 for timestep in network.timesteps[:1] + network.timesteps[1::2]] + [0]
+    innermost = ((1 - network.alpha_bars[-1].double()) / network.alpha_bars[-1].double()).sqrt()
+    # From the noisiest level within the limit at the innermost resolution, so that none begins with signal missing.
+    assert innermost[levels[0]] <= 80 < innermost[levels[0] + 1]
     for side, (draw, row) in enumerate(zip(noise, network.alpha_bars.double(), strict=True)):
         sigma = [math.sqrt((1 - row[level]) / row[level]) for level in levels]
-        assert sigma[0] <= 80
 
         def denoised(x: Tensor, s: float) -> Tensor:
             return (MEAN + DEVIATION**2 / (DEVIATION**2 + s**2) * (x - MEAN)).clamp(-1, 1)
@@ -119,9 +120,8 @@ def test_heun_is_the_published_loop() -> None:
 @pytest.mark.parametrize(("solver", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
 def test_noise_of_the_steps_leaves_the_variance_that_the_posterior_does(solver: Solver, eta: float) -> None:
     pictures = sample(
-        GaussianOracle(SHIFTED),
+        Diffusion(GaussianOracle(SHIFTED), SHIFTED),
         start(rows=300),
-        schedule=SHIFTED,
         sampling=Sampling(num_inference_steps=20, solver=solver, eta=eta, threshold=Threshold(kind="none")),
         generator=torch.Generator().manual_seed(1),
     )
@@ -139,10 +139,10 @@ def test_noise_of_the_steps_leaves_the_variance_that_the_posterior_does(solver: 
 def test_given_step_noise_replays_what_a_generator_draws() -> None:
     generator = torch.Generator().manual_seed(3)
     sampling = Sampling(num_inference_steps=3, solver="ddpm")
-    drawn = sample(GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=sampling, generator=generator)
+    drawn = sample(Diffusion(GaussianOracle(SHIFTED), SHIFTED), start(), sampling=sampling, generator=generator)
     generator = torch.Generator().manual_seed(3)
     step_noise = [[torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in start()] for _ in range(2)]
-    given = sample(GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=sampling, step_noise=step_noise)
+    given = sample(Diffusion(GaussianOracle(SHIFTED), SHIFTED), start(), sampling=sampling, step_noise=step_noise)
     assert all(torch.equal(a, b) for a, b in zip(drawn, given, strict=True))
 
 
@@ -157,9 +157,32 @@ def test_spacings_reach_every_level_once() -> None:
 def test_progress_reports_every_step() -> None:
     seen: list[StepReport] = []
     sampling = Sampling(num_inference_steps=3)
-    pictures = sample(GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=sampling, on_step=seen.append)
+    pictures = sample(Diffusion(GaussianOracle(SHIFTED), SHIFTED), start(), sampling=sampling, on_step=seen.append)
     assert [(report.done, report.total) for report in seen] == [(1, 3), (2, 3), (3, 3)]
     assert torch.equal(seen[-1].x0[0], pictures[0])
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "heun", "dpmpp_2m"])
+def test_a_network_in_half_precision_is_sampled_in_single(solver: Solver) -> None:
+    """In bfloat16 alone 1 - alpha_bar is 0 near the end, and the steps divide by it."""
+    network = GaussianOracle(SHIFTED)
+    seen: set[torch.dtype] = set()
+
+    def half(x_t: list[Tensor], timestep: Tensor) -> list[Tensor]:
+        seen.update(x.dtype for x in x_t)
+        return [output.bfloat16() for output in network([x.double() for x in x_t], timestep)]
+
+    sampling = Sampling(num_inference_steps=50, solver=solver)
+    noise = [x.bfloat16() for x in start()]
+    found = []
+    for model, begin in ((half, noise), (network, [x.float() for x in noise])):
+        generator = torch.Generator().manual_seed(1)
+        draws = [[torch.randn(x.shape, generator=generator) for x in noise] for _ in range(49)]
+        found.append(sample(Diffusion(model, SHIFTED), begin, sampling=sampling, step_noise=draws))
+    assert seen == {torch.bfloat16}
+    for rough, fine in zip(*found, strict=True):
+        assert rough.dtype == torch.float32
+        torch.testing.assert_close(rough, fine.float(), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -176,19 +199,21 @@ def test_progress_reports_every_step() -> None:
 )
 def test_bad_arguments_say_what_is_wanted(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        sample(GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=Sampling(**arguments))  # type: ignore[arg-type]
+        sample(Diffusion(GaussianOracle(SHIFTED), SHIFTED), start(), sampling=Sampling(**arguments))  # type: ignore[arg-type]
     two = Condition(labels=torch.zeros(2))
     with pytest.raises(ValueError, match=r"noise and conditions have \[2, 4\] rows"):
         sample(
-            GaussianOracle(SHIFTED), start(), schedule=SHIFTED, sampling=Sampling(num_inference_steps=2), condition=two
+            Diffusion(GaussianOracle(SHIFTED), SHIFTED),
+            start(),
+            sampling=Sampling(num_inference_steps=2),
+            condition=two,
         )
     with pytest.raises(ValueError, match="prediction_type='epsilon' is unknown"):
         errors("ddim", 2, SHIFTED, "epsilon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step_noise has 1 entries; 3 steps need 2"):
         sample(
-            GaussianOracle(SHIFTED),
+            Diffusion(GaussianOracle(SHIFTED), SHIFTED),
             start(),
-            schedule=SHIFTED,
             sampling=Sampling(num_inference_steps=3, solver="ddpm"),
             condition=Condition(),
             step_noise=[start()],

@@ -11,6 +11,7 @@ import torch
 from mdm_core.apple_config import config_from_apple
 from mdm_core.apple_weights import AppleCheckpoint, load_apple_checkpoint, load_apple_weights, save_apple_checkpoint
 from mdm_core.conditioning import Condition
+from mdm_core.denoiser import Diffusion
 from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.guidance import Guidance
 from mdm_core.model_file import load_model, save_model
@@ -56,9 +57,8 @@ def by_hand(config: Any, weights: Path, schedule: NoiseSchedule, negative: np.nd
 
     resolutions = config.resolutions
     return sample(
-        network,
+        Diffusion(network, schedule),
         PictureNoise(seed=7, noise_ids=[3], resolutions=resolutions, device=torch.device("cpu")).initial(),
-        schedule=schedule,
         sampling=Sampling(num_inference_steps=3, guidance=Guidance(scale=3.0, negative=condition(negative))),
         condition=condition(tokens),
     )
@@ -169,10 +169,8 @@ def test_a_model_file_of_ours(words: list[tuple[str, int]], tmp_path: Path) -> N
     made = generator.generate([CAPTION], **CALL)
     assert words == [("words", 5)]
     x0 = sample(
-        network,
+        Diffusion(network, NoiseSchedule(num_timesteps=80, kind="cosine"), "x0"),
         PictureNoise(seed=7, noise_ids=[3], resolutions=(16, 8), device=torch.device("cpu")).initial(),
-        schedule=NoiseSchedule(num_timesteps=80, kind="cosine"),
-        prediction_type="x0",
         sampling=Sampling(num_inference_steps=3, guidance=Guidance(scale=3.0)),
         condition=Condition(text_emb=torch.from_numpy(embedding(CAPTION, 5).astype(np.float32))[None]),
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mdm_core.conditioning import Condition
+from mdm_core.denoiser import Diffusion
 from mdm_core.errors import ConfigError
 from mdm_core.guidance import Guidance
 from mdm_core.noise_schedule import NoiseSchedule
@@ -108,10 +109,8 @@ def test_every_field_reaches_the_sampler(words: list[tuple[str, int]], predictio
 
     noise = PictureNoise(seed=2, noise_ids=[5], resolutions=(16, 8), device=torch.device("cpu"))
     x0 = sample(
-        random_network(small_config()),
+        Diffusion(random_network(small_config()), NoiseSchedule(), prediction_type),
         noise.initial(),
-        schedule=NoiseSchedule(),
-        prediction_type=prediction_type,
         condition=condition(CAPTIONS[0]),
         step_noise=[noise.of_step(step) for step in range(4)],
         sampling=Sampling(
