@@ -1,4 +1,4 @@
-"""A model in one file: weights, networks and noise schedule (safetensors with the configuration in its metadata).
+"""A model in one file: weights, networks, noise schedule and what they answer (safetensors, the rest in its metadata).
 
 Everything that is not a tensor is JSON under the metadata's key `mdm_model`; `mdm_format` has the version of the
 layout. The weights are under the keys of the published checkpoints.
@@ -6,7 +6,7 @@ layout. The weights are under the keys of the published checkpoints.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mdm_core.atomic_file import replacing
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.nested_unet import build_network
+from mdm_core.noise_schedule import NoiseSchedule
+from mdm_core.parameterization import PredictionType, check_prediction_type
 from mdm_core.state import check_state
 from mdm_core.unet import UNet
 
@@ -32,8 +34,10 @@ class ModelHeader:
 
     config: MatryoshkaConfig
     """The networks."""
-    schedule: dict[str, Any]
-    """Arguments of the `NoiseSchedule` that they were trained with."""
+    schedule: NoiseSchedule
+    """What they were trained with."""
+    prediction_type: PredictionType
+    """What they answer."""
     metadata: dict[str, Any]
     """Anything else that was kept with them."""
 
@@ -43,14 +47,15 @@ class Model(ModelHeader):
     """A model file with its network."""
 
     network: UNet
-    """The network with the file's weights, in training mode."""
+    """The network with the file's weights, in evaluation mode."""
 
 
 def save_model(
     path: str | Path,
     network: UNet,
     *,
-    schedule: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a network with its configuration, whole or not at all.
@@ -58,18 +63,15 @@ def save_model(
     Args:
         path: A local file; one that is there is replaced.
         network: What to save; unwrapped, in the dtype to save it in.
-        schedule: Arguments of the `NoiseSchedule`, as JSON has them.
+        schedule: What it was trained with.
+        prediction_type: What it answers.
         metadata: Anything else to keep, as JSON has it.
 
     Raises:
-        ConfigError: If schedule or metadata is not JSON, or the network's keys are not those of its configuration.
+        ConfigError: If the metadata is not JSON, or the network's keys are not those of its configuration.
     """
     config = config_of(network)
-    values = {"config": config.to_dict(), "schedule": dict(schedule), "metadata": dict(metadata or {})}
-    try:
-        header = json.dumps(values, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule and metadata must be JSON: {error}") from error
+    header = header_metadata(config, schedule, prediction_type, metadata or {})
     state = {key: value.detach().contiguous() for key, value in network.state_dict().items()}
     with torch.device("meta"):
         bare = build_network(config)
@@ -78,7 +80,24 @@ def save_model(
     except CheckpointError as error:
         raise ConfigError(f"{error}. Is it wrapped? Save the network inside the wrapper") from error
     with replacing(path) as part:
-        save_file(state, part, {"mdm_format": str(FORMAT_VERSION), "mdm_model": header})
+        save_file(state, part, header)
+
+
+def header_metadata(
+    config: MatryoshkaConfig, schedule: NoiseSchedule, prediction_type: PredictionType, metadata: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata with which a safetensors file of the networks' weights is a model file; see `save_model`."""
+    check_prediction_type(prediction_type)
+    values = {
+        "config": config.to_dict(),
+        "schedule": asdict(schedule),
+        "prediction_type": prediction_type,
+        "metadata": dict(metadata),
+    }
+    try:
+        return {"mdm_format": str(FORMAT_VERSION), "mdm_model": json.dumps(values, allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata must be JSON: {error}") from error
 
 
 def read_header(path: str | Path) -> ModelHeader:
@@ -118,7 +137,8 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: t
     network.load_state_dict(state, strict=True, assign=True)
     unset = [name for name, value in _tensors_of(network) if value.device.type == "meta"]
     assert not unset, f"tensors that no file has keys for: {unset}"
-    return Model(header.config, header.schedule, header.metadata, network.to(dtype=dtype))
+    parts = (header.config, header.schedule, header.prediction_type, header.metadata)
+    return Model(*parts, network.to(dtype=dtype).eval())
 
 
 def config_of(network: nn.Module) -> MatryoshkaConfig:
@@ -158,7 +178,7 @@ def _read(path: Path, device: str, *, with_tensors: bool) -> tuple[dict[str, str
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> ModelHeader:
-    if "mdm_model" not in metadata or not metadata.get("mdm_format", "").isdigit():
+    if "mdm_model" not in metadata or not metadata.get("mdm_format", "").isdecimal():
         raise CheckpointError(
             f"{path} holds tensors, but no configuration: it was not written by save_model. "
             "Build its network yourself and load the tensors into that"
@@ -170,8 +190,12 @@ def _header(path: Path, metadata: Mapping[str, str]) -> ModelHeader:
         )
     try:
         values = json.loads(metadata["mdm_model"])
+        check_prediction_type(values["prediction_type"])
         return ModelHeader(
-            MatryoshkaConfig.from_dict(values["config"]), dict(values["schedule"]), dict(values["metadata"])
+            MatryoshkaConfig.from_dict(values["config"]),
+            NoiseSchedule(**values["schedule"]),
+            values["prediction_type"],
+            dict(values["metadata"]),
         )
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"the configuration in {path} can't be used: {error!r}") from error

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 
 from mdm_core.apple_weights import load_apple_checkpoint, load_apple_weights
+from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import ConfigError
 from mdm_core.model_file import load_model
 from mdm_core.nested_unet import build_network
 from mdm_core.noise_schedule import NoiseSchedule
-from mdm_core.parameterization import PredictionType, check_prediction_type
+from mdm_core.parameterization import PredictionType
 from mdm_core.unet import UNet
 from pipelines import storage
 from pipelines.sample.published import published_shape
@@ -111,7 +112,7 @@ def _of_run(uri: str, weights: Weights, encoder: str, max_tokens: int | None) ->
         network=network,
         schedule=manifest.noise_schedule(),
         prediction_type=manifest.prediction_type,
-        text=_text_settings(network, *trained_with),
+        text=_text_settings(manifest.matryoshka(), *trained_with),
         manifest=manifest,
     )
 
@@ -122,7 +123,7 @@ def _published(path: Path, uri: str, encoder: str, max_tokens: int) -> LoadedMod
     network = build_network(shape.config)
     load_apple_weights(network, checkpoint)
     # The published code drops no caption in training, and guides away from the empty one.
-    text = _text_settings(network, encoder, max_tokens, negative_is_empty_caption=True)
+    text = _text_settings(shape.config, encoder, max_tokens, negative_is_empty_caption=True)
     return LoadedModel(network=network, schedule=shape.schedule, prediction_type=shape.prediction_type, text=text)
 
 
@@ -132,33 +133,24 @@ def _model_file(path: Path, uri: str, encoder: str, max_tokens: int | None) -> L
     encoder = encoder or str(said.get("text_encoder", ""))
     if not encoder:
         raise ConfigError(f"{uri} doesn't say what encodes its captions; give --text.encoder")
-    prediction_type = said.get("prediction_type", "v")
     try:
-        check_prediction_type(prediction_type)
-        schedule = NoiseSchedule(**model.schedule)
+        max_tokens = max_tokens or int(said.get("max_tokens", _PUBLISHED_TOKENS))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{uri} can't be sampled: {error}") from error
-    text = _text_settings(
-        model.network,
-        encoder,
-        max_tokens or int(said.get("max_tokens", _PUBLISHED_TOKENS)),
-        # Only networks of the published kind attend to padding.
-        negative_is_empty_caption=not model.config.networks[-1].mask_text,
-    )
-    return LoadedModel(network=model.network, schedule=schedule, prediction_type=prediction_type, text=text)
+        raise ConfigError(f"{uri} says max_tokens={said['max_tokens']!r}; give --text.max_tokens") from error
+    # Only networks of the published kind attend to padding.
+    empty = not model.config.networks[-1].mask_text
+    text = _text_settings(model.config, encoder, max_tokens, negative_is_empty_caption=empty)
+    return LoadedModel(network=model.network, schedule=model.schedule, prediction_type=model.prediction_type, text=text)
 
 
 def _text_settings(
-    network: UNet, encoder: str, max_tokens: int, *, negative_is_empty_caption: bool = False
+    config: MatryoshkaConfig, encoder: str, max_tokens: int, *, negative_is_empty_caption: bool = False
 ) -> TextSettings:
-    innermost = network
-    while isinstance(inner := getattr(innermost, "inner_unet", None), UNet):
-        innermost = inner
     return TextSettings(
         encoder=encoder,
         max_tokens=max_tokens,
-        text_dim=innermost.config.text_dim,
-        hides_padding=innermost.config.mask_text,
+        text_dim=config.text_dim,
+        hides_padding=config.networks[-1].mask_text,
         negative_is_empty_caption=negative_is_empty_caption,
     )
 

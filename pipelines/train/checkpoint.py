@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import CheckpointError, ConfigError
-from mdm_core.model_file import FORMAT_VERSION
+from mdm_core.model_file import header_metadata
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
 from pipelines import storage
@@ -79,13 +79,9 @@ class Manifest:
 
     def model_header(self) -> dict[str, str]:
         """The metadata with which a file of weights is a model file."""
-        kept = ("prediction_type", "text_encoder", "max_tokens", "stage", "images_seen", "total_images_seen")
-        values = {
-            "config": self.network,
-            "schedule": self.schedule,
-            "metadata": {name: getattr(self, name) for name in kept} | {"name": self.config.get("name", "")},
-        }
-        return {"mdm_format": str(FORMAT_VERSION), "mdm_model": json.dumps(values)}
+        kept = ("text_encoder", "max_tokens", "stage", "images_seen", "total_images_seen")
+        said = {name: getattr(self, name) for name in kept} | {"name": self.config.get("name", "")}
+        return header_metadata(self.matryoshka(), self.noise_schedule(), self.prediction_type, said)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ CONFIG = MatryoshkaConfig(
         ),
     )
 )
-SCHEDULE = {"num_timesteps": 50, "shift_power": 2.0}
+SCHEDULE = NoiseSchedule(num_timesteps=50, shift_power=2.0)
 
 
 def network(seed: int = 0) -> UNet:
@@ -55,7 +55,7 @@ def network(seed: int = 0) -> UNet:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "models" / "model.safetensors"
-    save_model(path, network(), schedule=SCHEDULE, metadata={"images": 12, "encoder": "minilm"})
+    save_model(path, network(), schedule=SCHEDULE, prediction_type="eps", metadata={"images": 12, "encoder": "minilm"})
     return path
 
 
@@ -73,7 +73,8 @@ def rewritten(path: Path, *, metadata: dict[str, str] | None = None, **tensors: 
 def test_model_comes_back_as_it_was(saved: Path) -> None:
     model = load_model(saved)
     assert (model.config, model.schedule, model.metadata) == (CONFIG, SCHEDULE, {"images": 12, "encoder": "minilm"})
-    assert NoiseSchedule(**model.schedule) == NoiseSchedule(num_timesteps=50, shift_power=2.0)
+    assert model.prediction_type == "eps"
+    assert not model.network.training
     before = network().state_dict()
     assert list(model.network.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in model.network.state_dict().items())
@@ -99,7 +100,7 @@ def test_loaded_network_trains_and_leaves_the_file_alone(saved: Path) -> None:
 
 def test_loaded_network_outlives_a_file_that_is_replaced(saved: Path) -> None:
     loaded = load_model(saved).network
-    save_model(saved, network(seed=1), schedule=SCHEDULE)
+    save_model(saved, network(seed=1), schedule=SCHEDULE, prediction_type="eps")
     assert torch.equal(loaded.conv_in.weight, network(seed=0).conv_in.weight)
     assert torch.equal(load_model(saved).network.conv_in.weight, network(seed=1).conv_in.weight)
     assert list(saved.parent.iterdir()) == [saved]
@@ -108,14 +109,14 @@ def test_loaded_network_outlives_a_file_that_is_replaced(saved: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_precision_is_the_file_s_or_the_one_asked_for(dtype: torch.dtype, saved: Path) -> None:
     assert {value.dtype for value in load_model(saved, dtype=dtype).network.state_dict().values()} == {dtype}
-    save_model(saved, network().to(dtype), schedule=SCHEDULE)
+    save_model(saved, network().to(dtype), schedule=SCHEDULE, prediction_type="eps")
     assert {value.dtype for value in load_model(saved).network.state_dict().values()} == {dtype}
     widened = load_model(saved, dtype=torch.float32).network.state_dict()
     assert torch.equal(widened["conv_in.weight"], network().conv_in.weight.to(dtype).float())
 
 
 def test_channels_last_networks_are_saved_in_the_usual_order(saved: Path) -> None:
-    save_model(saved, network().to(memory_format=torch.channels_last), schedule=SCHEDULE)
+    save_model(saved, network().to(memory_format=torch.channels_last), schedule=SCHEDULE, prediction_type="eps")
     assert torch.equal(load_model(saved).network.conv_in.weight, network().conv_in.weight)
 
 
@@ -139,12 +140,18 @@ def test_any_reader_of_safetensors_reads_it(saved: Path) -> None:
         ({"conv_out.bias": torch.zeros(4)}, r"1 of another shape: conv_out\.bias is \(4,\), wanted \(3,\)$"),
         ({"metadata": {"mdm_format": "2"}}, "has format version 2, and this code reads up to 1; update it"),
         ({"metadata": {"mdm_model": "{"}}, "the configuration in .* can't be used"),
-        ({"metadata": {"mdm_model": '{"schedule": {}}'}}, r"can't be used: KeyError\('config'\)"),
+        ({"metadata": {"mdm_model": '{"prediction_type": "v"}'}}, r"can't be used: KeyError\('config'\)"),
+        ({"metadata": {"mdm_model": '{"config": {"networks": []}}'}}, r"can't be used: KeyError\('prediction_type'\)"),
+        ({"metadata": {"mdm_model": '{"prediction_type": "noise"}'}}, "prediction_type='noise' is unknown"),
+        ({"metadata": {"mdm_format": "²"}}, "holds tensors, but no configuration"),
         (
-            {"metadata": {"mdm_model": '{"config": {"networks": [{"side": 8}]}}'}},
+            {"metadata": {"mdm_model": '{"prediction_type": "v", "config": {"networks": [{"side": 8}]}}'}},
             "can't be used.* unknown field",
         ),
-        ({"metadata": {"mdm_model": '{"config": {"networks": []}, "schedule": {}}'}}, "can't be used: ConfigError"),
+        (
+            {"metadata": {"mdm_model": '{"prediction_type": "v", "config": {"networks": []}}'}},
+            "can't be used: ConfigError",
+        ),
     ],
 )
 def test_file_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str, saved: Path) -> None:
@@ -173,9 +180,9 @@ def test_damaged_files_are_named(saved: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for values in ({"path": Path("a")}, {"loss": float("nan")}):
-        with pytest.raises(ConfigError, match="schedule and metadata must be JSON"):
-            save_model(tmp_path / "a.safetensors", network(), schedule=SCHEDULE, metadata=values)
+        with pytest.raises(ConfigError, match="metadata must be JSON"):
+            save_model(tmp_path / "a.safetensors", network(), schedule=SCHEDULE, prediction_type="eps", metadata=values)
     wrapped = torch.nn.Sequential(network())
     with pytest.raises(ConfigError, match="a Sequential is no network of ours; give the network inside the wrapper"):
-        save_model(tmp_path / "a.safetensors", wrapped, schedule=SCHEDULE)  # type: ignore[arg-type]
+        save_model(tmp_path / "a.safetensors", wrapped, schedule=SCHEDULE, prediction_type="eps")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from PIL import Image
 from jobs.sample import main
 from mdm_core.errors import ConfigError
 from mdm_core.model_file import save_model
+from mdm_core.noise_schedule import NoiseSchedule
 from pipelines.sample.config import SampleConfig
 from pipelines.sample.edits import read_edit
 from pipelines.sample.pipeline import _make, sample
@@ -25,7 +26,11 @@ CALL: dict[str, Any] = {"seed": 7, "guidance_scale": 2.0, "num_inference_steps":
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("edits") / "model.safetensors"
     save_model(
-        path, random_network(small_config()), schedule={"num_timesteps": 200}, metadata={"text_encoder": "words"}
+        path,
+        random_network(small_config()),
+        schedule=NoiseSchedule(num_timesteps=200),
+        prediction_type="v",
+        metadata={"text_encoder": "words"},
     )
     return str(path)
 

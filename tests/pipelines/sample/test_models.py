@@ -159,24 +159,26 @@ def test_a_published_configuration_without_noise_or_resolution_is_refused(tmp_pa
 
 def test_a_model_file_of_ours(words: list[tuple[str, int]], tmp_path: Path) -> None:
     network, path = random_network(small_config()), tmp_path / "model.safetensors"
-    schedule = {"num_timesteps": 80, "kind": "cosine"}
-    save_model(path, network, schedule=schedule, metadata={"prediction_type": "x0"})
+    schedule = NoiseSchedule(num_timesteps=80, kind="cosine")
+    save_model(path, network, schedule=schedule, prediction_type="x0", metadata={"max_tokens": "lots"})
     with pytest.raises(ConfigError, match=r"doesn't say what encodes its captions; give --text\.encoder"):
         Generator.from_checkpoint(str(path))
     with pytest.raises(ConfigError, match=r"weights=raw is of a run's checkpoints; .* has only its own, leave weights"):
         Generator.from_checkpoint(str(path), weights="raw")
+    with pytest.raises(ConfigError, match=r"says max_tokens='lots'; give --text\.max_tokens"):
+        Generator.from_checkpoint(str(path), encoder="words")
     generator = Generator.from_checkpoint(str(path), device="cpu", encoder="words", max_tokens=5)
     made = generator.generate([CAPTION], **CALL)
     assert words == [("words", 5)]
     x0 = sample(
-        Diffusion(network, NoiseSchedule(num_timesteps=80, kind="cosine"), "x0"),
+        Diffusion(network, schedule, "x0"),
         PictureNoise(seed=7, noise_ids=[3], resolutions=(16, 8), device=torch.device("cpu")).initial(),
         sampling=Sampling(num_inference_steps=3, guidance=Guidance(scale=3.0)),
         condition=Condition(text_emb=torch.from_numpy(embedding(CAPTION, 5).astype(np.float32))[None]),
     )
     assert_same(made, x0)
     with pytest.raises(ConfigError, match="gives text 30 wide, and the network reads 24"):
-        Generator.from_checkpoint(str(path), encoder="words:30").generate([CAPTION], **CALL)
+        Generator.from_checkpoint(str(path), encoder="words:30", max_tokens=5).generate([CAPTION], **CALL)
     with pytest.raises(ConfigError, match=r"none\.safetensors: there is no such file"):
         models.find_source(str(tmp_path / "none.safetensors"))
 
@@ -211,7 +213,7 @@ def test_the_files_of_a_run_are_model_files(words: list[tuple[str, int]], checkp
         path = f"{checkpoint.uri}/{file}.safetensors"
         model = load_model(path)
         assert model.config == small_config()
-        assert NoiseSchedule(**model.schedule) == checkpoint.manifest.noise_schedule()
+        assert model.schedule == checkpoint.manifest.noise_schedule()
         assert model.metadata["total_images_seen"] == 80
         for key, value in checkpoint.tensors(file).items():
             assert torch.equal(model.network.state_dict()[key], value)
@@ -243,7 +245,12 @@ def test_a_manifest_from_before_there_was_a_choice_means_v(checkpoint: Checkpoin
 def test_a_file_on_object_storage_is_copied_for_the_time_of_loading(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    save_model(tmp_path / "model.safetensors", random_network(small_config()), schedule={"num_timesteps": 80})
+    save_model(
+        tmp_path / "model.safetensors",
+        random_network(small_config()),
+        schedule=NoiseSchedule(num_timesteps=80),
+        prediction_type="v",
+    )
     copies: list[Path] = []
 
     class Bucket:
