@@ -1,11 +1,15 @@
-"""The published code's configuration of a network (`unet_config` in its YAML files and checkpoints), as ours."""
+"""The published code's configuration (`unet_config`, `sampler_config` in its YAML files and checkpoints), as ours."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from reprlib import repr as shown  # what comes from a file may be of any size
 from typing import Any, Literal
 
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.errors import ConfigError
+from mdm_core.noise_schedule import NoiseSchedule, ScheduleKind
+from mdm_core.parameterization import PredictionType
+from mdm_core.thresholding import Threshold
 
 _NUM_HEADS = 8
 _NUM_ATTENTION_GROUPS = 32
@@ -50,6 +54,83 @@ _RESNET_DEFAULTS: dict[str, Any] = {
     "output_channels": -1,
     "use_attention_ffn": False,
 }
+_SAMPLER_DEFAULTS: dict[str, Any] = {
+    "class": None,
+    "beta_end": 0.02,
+    "beta_start": 1e-4,
+    "loss_target_type": None,
+    "num_diffusion_steps": 32,
+    "predict_variances": False,  # in one of the YAML files; read nowhere
+    "prediction_type": "DDPM",
+    "reproject_signal": False,  # read nowhere
+    "rescale_schedule": 1.0,
+    "rescale_signal": None,
+    "schedule_shifted": False,
+    "schedule_shifted_power": 1.0,
+    "schedule_type": "DDPM",
+    "threshold_function": "CLIP",
+}
+# By name, and by the number that a pickled member of the enumeration has.
+SCHEDULES: dict[str | int, ScheduleKind] = {
+    "COSINE": "cosine", 0: "cosine", "DDPM": "linear", 2: "linear", "DEEPFLOYD": "squared_cosine", 3: "squared_cosine",
+}  # fmt: skip
+_PREDICTIONS: dict[str | int, PredictionType] = {
+    "DDPM": "eps", 3: "eps", "DDIM": "eps", 4: "eps", "V_PREDICTION": "v", 5: "v",
+}  # fmt: skip
+THRESHOLDS: dict[str | int, Threshold] = {
+    "NONE": Threshold(kind="none"), 0: Threshold(kind="none"),
+    "CLIP": Threshold(), 1: Threshold(),
+    "DYNAMIC": Threshold(kind="dynamic"), 2: Threshold(kind="dynamic"),
+    "DYNAMIC_IF": Threshold(kind="dynamic", ratio=0.95, max_value=1.5),
+    3: Threshold(kind="dynamic", ratio=0.95, max_value=1.5),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AppleDiffusion:
+    """What the published code's `sampler_config` says."""
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    """What the network answers."""
+    loss_target: PredictionType
+    """Of what the loss is the error."""
+    threshold: Threshold
+
+
+def diffusion_from_apple(sampler_config: Mapping[str, Any], *, nested: bool) -> AppleDiffusion:
+    """The noise, prediction type and threshold that the published code describes.
+
+    Args:
+        sampler_config: Keys as in the published YAML files; those that are absent have the published code's defaults.
+        nested: Whether the network has shells: without a shifted schedule the published code then divides the finer
+            pictures instead, and `rescale_signal` is for networks of one resolution only.
+
+    Raises:
+        ConfigError: If a key is unknown or can't be read, or has no meaning in the published code either.
+    """
+    values = _with_defaults(sampler_config, _SAMPLER_DEFAULTS, "sampler_config")
+    if (values["rescale_schedule"] or 1) > 1:
+        raise ConfigError(f"sampler_config.rescale_schedule={values['rescale_schedule']} fails in the published code")
+    prediction_type = _member(values, "prediction_type", _PREDICTIONS)
+    shifted = not nested or values["schedule_shifted"]
+    schedule = NoiseSchedule(
+        kind=_member(values, "schedule_type", SCHEDULES),
+        num_timesteps=values["num_diffusion_steps"],
+        shift="snr" if shifted else "signal",
+        shift_power=values["schedule_shifted_power"] if shifted else 2.0,
+        input_divisor=1.0 if nested else values["rescale_signal"] or 1.0,
+        beta_start=values["beta_start"],
+        beta_end=values["beta_end"],
+    )
+    return AppleDiffusion(
+        schedule=schedule,
+        prediction_type=prediction_type,
+        loss_target=(
+            prediction_type if values["loss_target_type"] is None else _member(values, "loss_target_type", _PREDICTIONS)
+        ),
+        threshold=_member(values, "threshold_function", THRESHOLDS),
+    )
 
 
 def config_from_apple(unet_config: Mapping[str, Any], *, text_dim: int | None, resolution: int) -> MatryoshkaConfig:
@@ -82,7 +163,7 @@ def config_from_apple(unet_config: Mapping[str, Any], *, text_dim: int | None, r
             width = values["conditioning_feature_proj_dim"]
         level, side, where = values.get("inner_config"), network.lowest_resolution, f"{where}.inner_config"
         if level is not None and not isinstance(level, Mapping):
-            raise ConfigError(f"{where}={level!r} must be a mapping")
+            raise ConfigError(f"{where}={shown(level)} must be a mapping")
     # The innermost network hands the mask to all of them.
     mask_text = networks[-1].mask_text
     return MatryoshkaConfig(tuple(replace(network, mask_text=mask_text) for network in networks))
@@ -149,12 +230,41 @@ def _temporal_layers(values: Mapping[str, Any], where: str, levels: int) -> tupl
 
 
 def _with_defaults(values: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values and, for keys that are absent, the defaults; a default's type says what its key may be."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}={values!r} must be a mapping")
+        raise ConfigError(f"{where}={shown(values)} must be a mapping")
     unknown = sorted(map(str, values.keys() - defaults.keys()))
     if unknown:
-        raise ConfigError(f"{where} has unknown keys {unknown}; known are {sorted(defaults.keys() - {'class'})}")
+        raise ConfigError(f"{where} has unknown keys {shown(unknown)}; known are {sorted(defaults.keys() - {'class'})}")
+    for key, value in values.items():
+        wanted = _kind_of(key, defaults[key])
+        # Python counts a bool as an int.
+        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+            names = " or ".join(kind.__name__ for kind in wanted)
+            raise ConfigError(f"{where}.{key}={shown(value)} must be {names}")
     return {**defaults, **values}
+
+
+def _kind_of(key: str, default: Any) -> tuple[type, ...] | None:
+    """What a value may be; None for what is read by a function of its own, or not at all."""
+    if key in ("temporal_dim", "rescale_signal"):
+        return (int, float, type(None))
+    if isinstance(default, bool) or key == "masked_cross_attention":
+        return (bool, int)
+    if isinstance(default, float):
+        return (int, float)
+    return (int,) if isinstance(default, int) else None
+
+
+def _member(values: Mapping[str, Any], key: str, known: Mapping[str | int, Any]) -> Any:
+    """What a member of an enumeration means: its name, or the number of a pickled one."""
+    given = values[key]
+    pickled = given.get("arguments") if isinstance(given, Mapping) else None
+    member = pickled[0] if isinstance(pickled, list | tuple) and len(pickled) == 1 else given
+    if not isinstance(member, str | int) or member not in known:
+        names = [name for name in known if isinstance(name, str)]
+        raise ConfigError(f"sampler_config.{key}={shown(given)} must be one of {names}")
+    return known[member]
 
 
 def _integers(values: Mapping[str, Any], key: str, where: str, levels: int | None = None) -> tuple[int, ...]:
@@ -163,9 +273,10 @@ def _integers(values: Mapping[str, Any], key: str, where: str, levels: int | Non
     try:
         if isinstance(given, list | tuple):
             return tuple(_whole(item) for item in given)
-        numbers = tuple(int(part) for part in str(given).split(",") if str(given).strip())
+        text = given if isinstance(given, str) else str(_whole(given))
+        numbers = tuple(int(part) for part in text.split(",") if text.strip())
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}.{key}={given!r} must be whole numbers: a list, or like '2,2,1'") from error
+        raise ConfigError(f"{where}.{key}={shown(given)} must be whole numbers: a list, or like '2,2,1'") from error
     return numbers * levels if levels is not None and len(numbers) == 1 else numbers
 
 
@@ -179,12 +290,12 @@ def _micro_conditions(given: Any, where: str) -> tuple[tuple[str, float], ...]:
     if given is None:
         return ()
     pairs = []
-    for part in str(given).split(","):
+    for part in given.split(",") if isinstance(given, str) else [""]:
         name, colon, default = part.strip().partition(":")
         try:
             pairs.append((name, float(default)))
         except ValueError:
             colon = ""
         if not name or not colon:
-            raise ConfigError(f"{where}.micro_conditioning={given!r} must be like 'scale:64,score:0'")
+            raise ConfigError(f"{where}.micro_conditioning={shown(given)} must be like 'scale:64,score:0'")
     return tuple(pairs)

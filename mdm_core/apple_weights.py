@@ -5,9 +5,11 @@ The layout is what `torch.save` makes of {"state_dict", "batch_num", "loss", "be
 `vis_model_*` has averaged weights, `vis_model_noema_*` the last ones.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown  # what comes from a file may be of any size
 from typing import Any
 
 import torch
@@ -63,6 +65,9 @@ class AppleCheckpoint:
 def load_apple_checkpoint(path: str | Path) -> AppleCheckpoint:
     """Reads a published checkpoint; nothing that the file asks for is run.
 
+    While it reads, torch's own list of safe classes is set aside for the whole process: another thread that extends it
+    meanwhile (`torch.serialization.add_safe_globals`) loses that.
+
     Args:
         path: A local file.
 
@@ -74,12 +79,12 @@ def load_apple_checkpoint(path: str | Path) -> AppleCheckpoint:
     path = Path(path)
     content = read_pickle(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        found = f"it has {sorted(map(str, content))[:5]}" if isinstance(content, dict) else "it is no dict"
+        found = f"it has {shown(list(content))}" if isinstance(content, dict) else "it is no dict"
         raise CheckpointError(f'{path} has no "state_dict" with weights: {found}')
     state = content["state_dict"]
     for key, value in state.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter) or not _is_dense(value):
-            raise CheckpointError(f"{path}: {key!r} in its state_dict is {_kind(value)}, wanted a plain tensor")
+            raise CheckpointError(f"{path}: {shown(key)} in its state_dict is {_kind(value)}, wanted a plain tensor")
     batch_num = _number(content, "batch_num", path)
     numbers = {name: _number(content, name, path) for name in _NUMBERS}
     return AppleCheckpoint(
@@ -155,8 +160,8 @@ def _number(content: Mapping[str, Any], name: str, path: Path) -> float | None:
     value = content.get(name)
     if isinstance(value, Tensor) and value.numel() == 1 and _is_dense(value):
         value = value.item()
-    if value is not None and not isinstance(value, int | float):
-        raise CheckpointError(f"{path}: {name} is {_kind(value)}, wanted a number")
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        raise CheckpointError(f"{path}: {name} is {_kind(value)}, wanted a finite number")
     return value
 
 

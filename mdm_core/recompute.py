@@ -89,8 +89,8 @@ def _run(
     residual: Tensor | None,
 ) -> Tensor:
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        # The compiler plans its own recomputation.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:
+        # The compiler plans its own recomputation, and there is no memory to save on the meta device.
         y = _convolve(_before(plan, x, norm_weight, norm_bias, scale, shift), weight, bias, plan)
         return y if residual is None else y + residual
     result: Tensor = _ConvAfter.apply(plan, x, norm_weight, norm_bias, scale, shift, weight, bias, residual)

@@ -209,6 +209,9 @@ class UNet(nn.Module):
     ) -> None:
         if len(x_t) != len(self.resolutions):
             raise ValueError(f"x_t has {len(x_t)} pictures; wanted one for each resolution {self.resolutions}")
+        rows = [x.shape[0] for x in x_t]
+        if rows != sorted(rows):
+            raise ValueError(f"x_t has {rows} rows; a finer resolution can't have more than a coarser one")
         innermost = self._innermost().config
         if text_emb is not None and labels is not None:
             raise ValueError("text_emb and labels can't both be given; a label takes the place of the text")

@@ -119,6 +119,9 @@ class SampleConfig(Config):
         given = [name for name in ("upscale_from", "inpaint", "start_from") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} can't be combined; give one of them")
+        # A printed configuration has every field, so one at its default says nothing.
+        if self.strength != type(self).model_fields["strength"].default and not self.start_from:
+            raise ValueError("strength is of start_from, which is missing; give the picture to start from")
         if bool(self.inpaint) != bool(self.mask):
             missing = "mask" if self.inpaint else "inpaint"
             raise ValueError(f"inpaint and mask belong together, and {missing} is missing; give both")

@@ -6,45 +6,15 @@ from typing import Any
 
 import torch
 
-from mdm_core.apple_config import config_from_apple
+from mdm_core.apple_config import AppleDiffusion, config_from_apple, diffusion_from_apple
 from mdm_core.apple_weights import AppleCheckpoint
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.nested_unet import build_network
-from mdm_core.noise_schedule import NoiseSchedule, ScheduleKind
+from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
 from mdm_core.presets import PRESETS
 from mdm_core.state import INNER_PREFIX, check_state, num_shells
-
-# By the names of the published YAML files, and by the numbers that pickled enumerations have.
-_KINDS: dict[str | int, ScheduleKind] = {
-    "DEEPFLOYD": "squared_cosine",
-    3: "squared_cosine",
-    "COSINE": "cosine",
-    0: "cosine",
-    "DDPM": "linear",
-    2: "linear",
-}
-_PREDICTIONS: dict[str | int, PredictionType] = {
-    "V_PREDICTION": "v",
-    5: "v",
-    "DDPM": "eps",
-    3: "eps",
-    "DDIM": "eps",
-    4: "eps",
-}
-# Defaults of the published code, for what a sampler_config leaves out.
-_SAMPLER_DEFAULTS: dict[str, Any] = {
-    "num_diffusion_steps": 32,
-    "schedule_type": "DDPM",
-    "prediction_type": "DDPM",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "rescale_schedule": 1.0,
-    "rescale_signal": None,
-    "schedule_shifted": False,
-    "schedule_shifted_power": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -99,8 +69,8 @@ def _from_arguments(checkpoint: AppleCheckpoint) -> PublishedShape:
         text_dim=_text_dim(checkpoint, INNER_PREFIX * depth),
         resolution=_resolution(arguments),
     )
-    schedule, prediction_type = _noise(arguments, nested=depth > 0)
-    return PublishedShape("published", config, schedule, prediction_type)
+    diffusion = _diffusion(arguments, nested=depth > 0)
+    return PublishedShape("published", config, diffusion.schedule, diffusion.prediction_type)
 
 
 def _text_dim(checkpoint: AppleCheckpoint, innermost: str) -> int | None:
@@ -120,37 +90,13 @@ def _resolution(arguments: Mapping[str, Any]) -> int:
     raise ConfigError('args["sample_image_size"] and args["reader_config"]["image_size"]: the file says no resolution')
 
 
-def _noise(arguments: Mapping[str, Any], *, nested: bool) -> tuple[NoiseSchedule, PredictionType]:
+def _diffusion(arguments: Mapping[str, Any], *, nested: bool) -> AppleDiffusion:
     diffusion = arguments.get("diffusion_config")
     given = diffusion.get("sampler_config") if isinstance(diffusion, Mapping) else None
-    if not isinstance(given, Mapping):
+    if not isinstance(diffusion, Mapping) or given is None:
         raise ConfigError('args["diffusion_config"]["sampler_config"]: the file has none, so its noise is not known')
-    values = {**_SAMPLER_DEFAULTS, **given}
-    kind = _KINDS.get(_member(values["schedule_type"]))
-    prediction_type = _PREDICTIONS.get(_member(values["prediction_type"]))
-    if kind is None or prediction_type is None or (values["rescale_schedule"] or 1) > 1:
+    if diffusion.get("model_output_scale"):
         raise ConfigError(
-            f"schedule_type={values['schedule_type']!r}, prediction_type={values['prediction_type']!r} and "
-            f"rescale_schedule={values['rescale_schedule']!r} can't be sampled; known are DEEPFLOYD, COSINE and DDPM, "
-            "V_PREDICTION, DDPM and DDIM, and 1"
+            'args["diffusion_config"]["model_output_scale"] is not 0: outputs held in range by tanh are not supported'
         )
-    # Nested networks without a shifted schedule have their finer pictures divided instead.
-    shifted = not nested or bool(values["schedule_shifted"])
-    schedule = NoiseSchedule(
-        kind=kind,
-        num_timesteps=values["num_diffusion_steps"],
-        shift="snr" if shifted else "signal",
-        shift_power=values["schedule_shifted_power"] if shifted else 2.0,
-        input_divisor=1.0 if nested else values["rescale_signal"] or 1.0,
-        beta_start=values["beta_start"],
-        beta_end=values["beta_end"],
-    )
-    return schedule, prediction_type
-
-
-def _member(value: Any) -> str | int:
-    """The name of an enumeration's member, or its number where the file holds a pickled one."""
-    numbers = value.get("arguments") if isinstance(value, Mapping) else None
-    if numbers and isinstance(numbers[0], int):
-        return numbers[0]
-    return str(value)
+    return diffusion_from_apple(given, nested=nested)

@@ -129,6 +129,8 @@ def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.AdamW) -> dict
 
 def _load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue  # the optimizer leaves it alone, and has nothing to say of it
         optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device)} | {
             # The fused kernel walks all four tensors in memory order, so the moments must lie as the parameter does.
             key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])

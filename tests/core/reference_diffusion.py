@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mdm_core.apple_config import SCHEDULES, THRESHOLDS
 from mdm_core.conditioning import Condition
 from mdm_core.denoiser import Diffusion
 from mdm_core.guidance import Guidance
@@ -36,7 +37,7 @@ from mdm_core.sampler_steps import ddim_step, ddpm_step
 from mdm_core.samplers import Sampling, StepReport, noise_levels, sample
 from mdm_core.unet import UNet
 from tests.core.reference_forward import TOLERANCE, CaseResult
-from tests.core.reference_settings import DIFFUSION_DEFAULTS, KINDS, THRESHOLDS, Setup, with_defaults
+from tests.core.reference_settings import DIFFUSION_DEFAULTS, Setup, with_defaults
 
 Build = Callable[[str], UNet]
 """Gives the network with the weights of that name."""
@@ -71,7 +72,7 @@ def _schedules(arrays: Mapping[str, Any]) -> dict[str, float]:
                 raise ValueError(f"array {key!r} is not known; wanted TYPE.gammas… or TYPE.vdm_loss_weights…")
             kind, what, ratio, power, levels = match.groups()
             schedule = NoiseSchedule(
-                kind=KINDS[kind], num_timesteps=int(levels or longest), shift_power=float(power or 1)
+                kind=SCHEDULES[kind], num_timesteps=int(levels or longest), shift_power=float(power or 1)
             )
             got = schedule.alpha_bar(float(ratio or 1))
             got = (got if what == "gammas" else vdm_weights(got)).numpy()
@@ -82,7 +83,7 @@ def _schedules(arrays: Mapping[str, Any]) -> dict[str, float]:
 def _conversions(case: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, float]:
     data = {key: torch.from_numpy(array) for key, array in arrays.items()}
     kind, levels = case["note"].split()[:2]
-    alpha_bar = NoiseSchedule(kind=KINDS[kind], num_timesteps=int(re.sub(r"\D", "", levels))).alpha_bar()
+    alpha_bar = NoiseSchedule(kind=SCHEDULES[kind], num_timesteps=int(re.sub(r"\D", "", levels))).alpha_bar()
     now, then = (alpha_bar[data[key]][:, None, None, None] for key in ("t", "t_last"))
     x0, eps, x_t, pred = data["x0"], data["eps"], data["xt"], data["pred"]
     got = {
@@ -209,7 +210,7 @@ def _trajectory(case: Mapping[str, Any], data: Mapping[str, Tensor], build: Buil
         eta=eta or 0.0,
         spacing="reference",
         guidance=guidance,
-        threshold=THRESHOLDS[case.get("threshold", setup.values["threshold_function"])],
+        threshold=setup.threshold,
     )
     levels = noise_levels(setup.schedule.num_timesteps, steps, "reference")
     if levels[:-1] != case.get("timesteps", levels[:-1]):

@@ -7,38 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdm_core.apple_config import diffusion_from_apple
 from mdm_core.denoiser import Network
-from mdm_core.noise_schedule import NoiseSchedule, ScheduleKind
-from mdm_core.parameterization import PredictionType, add_noise, eps_from_x0, to_x0, v_from_x0
+from mdm_core.parameterization import add_noise, eps_from_x0, to_x0, v_from_x0
 from mdm_core.sampler_steps import posterior_variance
-from mdm_core.thresholding import Threshold
 from mdm_core.unet import UNet
 
 TILES_OF_A_CLIP = 4
 """Frames along a side of the published code's clips."""
 
-KINDS: dict[str, ScheduleKind] = {"DEEPFLOYD": "squared_cosine", "COSINE": "cosine", "DDPM": "linear"}
-PREDICTIONS: dict[str, PredictionType] = {"DDPM": "eps", "DDIM": "eps", "V_PREDICTION": "v"}
-THRESHOLDS = {
-    "NONE": Threshold(kind="none"),
-    "CLIP": Threshold(kind="clip"),
-    "DYNAMIC": Threshold(kind="dynamic"),
-    "DYNAMIC_IF": Threshold(kind="dynamic", ratio=0.95, max_value=1.5),
-}
-SAMPLER_DEFAULTS: dict[str, Any] = {
-    "num_diffusion_steps": 32,
-    "schedule_type": "DDPM",
-    "prediction_type": "DDPM",
-    "loss_target_type": None,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "threshold_function": "CLIP",
-    "rescale_schedule": 1.0,
-    "rescale_signal": None,
-    "schedule_shifted": False,
-    "schedule_shifted_power": 1,
-    "reproject_signal": False,  # read nowhere
-}
 DIFFUSION_DEFAULTS: dict[str, Any] = {
     "model_output_scale": 0,
     "use_vdm_loss_weights": True,
@@ -65,27 +42,14 @@ class Setup:
     """The schedule, prediction types and network that a case's `sampler_config` describes."""
 
     def __init__(self, case: Mapping[str, Any], network: UNet) -> None:
-        values = with_defaults(case["sampler_config"], SAMPLER_DEFAULTS, "sampler_config")
-        self.values, self.network, self.resolutions = values, network, network.resolutions
-        self.prediction = PREDICTIONS[values["prediction_type"]]
-        self.loss_target = PREDICTIONS[values["loss_target_type"] or values["prediction_type"]]
-        nested, divisor = len(self.resolutions) > 1, values["rescale_signal"]
-        if (values["rescale_schedule"] or 1) > 1:
-            raise ValueError("rescale_schedule above 1 fails in the published code; there is nothing to replay")
+        self.network, self.resolutions = network, network.resolutions
+        nested, divisor = len(self.resolutions) > 1, case["sampler_config"].get("rescale_signal")
+        threshold = {"threshold_function": case["threshold"]} if "threshold" in case else {}
+        diffusion = diffusion_from_apple(case["sampler_config"] | threshold, nested=nested)
+        self.schedule, self.prediction = diffusion.schedule, diffusion.prediction_type
+        self.loss_target, self.threshold = diffusion.loss_target, diffusion.threshold
         if not nested and divisor not in (None, 1) and self.loss_target == "v" and case["kind"] == "loss":
             raise ValueError("rescale_signal with a v loss: the published code's target is of another picture")
-        if values["schedule_type"] not in KINDS:
-            raise ValueError(f"schedule_type={values['schedule_type']!r} must be one of {sorted(KINDS)}")
-        shifted = not nested or values["schedule_shifted"]
-        self.schedule = NoiseSchedule(
-            kind=KINDS[values["schedule_type"]],
-            num_timesteps=values["num_diffusion_steps"],
-            shift="snr" if shifted else "signal",
-            shift_power=values["schedule_shifted_power"] if shifted else 2.0,
-            input_divisor=1.0 if nested or divisor is None else divisor,
-            beta_start=values["beta_start"],
-            beta_end=values["beta_end"],
-        )
         self.divisors = self.schedule.signal_divisors(self.resolutions)
 
     @property

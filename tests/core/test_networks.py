@@ -226,6 +226,23 @@ def test_inputs_that_do_not_fit_are_named(arguments: dict[str, Any], message: st
         network(**{"x_t": x_t, "timestep": timestep, **arguments})
 
 
+def test_a_finer_resolution_has_no_more_rows_than_a_coarser_one() -> None:
+    network = build_network(MatryoshkaConfig((SHELL, INNER)))
+    x_t, timestep, *_ = inputs((16, 8))
+    with pytest.raises(ValueError, match=r"x_t has \[2, 1\] rows; a finer resolution can't have more"):
+        network([x_t[0], x_t[1][:1]], timestep)
+
+
+def test_a_network_without_memory_is_called_and_differentiated() -> None:
+    with torch.device("meta"):
+        network = build_network(MatryoshkaConfig((SHELL, INNER)))
+        x_t = [torch.zeros(2, 3, side, side) for side in (16, 8)]
+        outputs = network(x_t, torch.zeros(2))
+        sum(output.sum() for output in outputs).backward()
+    assert [output.shape[-1] for output in outputs] == [16, 8]
+    assert all(parameter.grad is not None for name, parameter in network.named_parameters() if "conv" in name)
+
+
 def test_frames_lie_row_by_row_on_the_grid() -> None:
     grid = torch.zeros(2, 1, 4, 6)
     for clip, row, column in itertools.product(range(2), range(2), range(2)):

@@ -184,6 +184,16 @@ def test_shell_that_attends_sees_the_text_as_projected() -> None:
         ({"resolution_channels": "32;64"}, r"resolution_channels='32;64' must be whole numbers"),
         ({"num_attention_layers": [0, 1.5, 5]}, "num_attention_layers=.* must be whole numbers"),
         ({"micro_conditioning": "scale"}, "micro_conditioning='scale' must be like"),
+        ({"micro_conditioning": 3}, "micro_conditioning=3 must be like"),
+        ({"temporal_dim": "128"}, "unet_config.temporal_dim='128' must be int or float or NoneType"),
+        ({"conditioning_feature_proj_dim": None}, "conditioning_feature_proj_dim=None must be int"),
+        ({"num_lm_head_layers": "2"}, "num_lm_head_layers='2' must be int"),
+        ({"num_lm_head_layers": True}, "num_lm_head_layers=True must be int"),
+        ({"skip_mid_blocks": "false"}, "skip_mid_blocks='false' must be bool or int"),
+        ({"resnet_config": {"num_groups_norm": None}}, r"resnet_config\.num_groups_norm=None must be int"),
+        ({"resnet_config": {"num_groups_norm": 0}}, "num_groups=0 must be at least 1"),
+        ({"resnet_config": {"dropout": "0"}}, "dropout='0' must be int or float"),
+        ({"resolution_channels": []}, "must be at least one number"),
         ({"skip_cond_emb": True}, "skip_cond_emb=true: the innermost network must embed"),
         ({"temporal_mode": True, "temporal_spatial_ds": True}, "innermost network must have video"),
     ],
@@ -191,6 +201,16 @@ def test_shell_that_attends_sees_the_text_as_projected() -> None:
 def test_what_cannot_be_read_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_apple(INNERMOST | changed, text_dim=2048, resolution=64)
+
+
+def test_a_message_stays_short_whatever_the_file_holds() -> None:
+    doubled: Any = [0]
+    for _ in range(25):
+        doubled = [doubled, doubled]  # 33 million numbers when written out
+    for key in ("resolution_channels", "micro_conditioning", "temporal_dim", "resnet_config"):
+        with pytest.raises(ConfigError) as raised:
+            config_from_apple(INNERMOST | {key: doubled}, text_dim=2048, resolution=64)
+        assert len(str(raised.value)) < 1000
 
 
 def test_unknown_keys_are_refused_at_any_depth() -> None:

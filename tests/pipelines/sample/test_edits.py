@@ -118,6 +118,8 @@ def test_what_does_not_fit_is_said(words: list[tuple[str, int]], model: str, tmp
             made(model, **fields)
     with pytest.raises(ConfigError, match="upscale_from needs a network of several resolutions; this one makes 8 px"):
         read_edit(SampleConfig(checkpoint=model, captions=("x",), upscale_from=picture), [8])
+    with pytest.raises(ValueError, match="strength is of start_from, which is missing"):
+        SampleConfig(checkpoint=model, captions=("x",), strength=0.5)
     with pytest.raises(ConfigError, match="must be between 1 and 2, the noise levels there are from strength"):
         made(model, start_from=picture, strength=0.01)
 

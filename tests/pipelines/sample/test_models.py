@@ -148,7 +148,22 @@ def test_a_published_configuration_without_noise_or_resolution_is_refused(tmp_pa
         ({"sample_image_size": 16}, "the file has none, so its noise is not known"),
         (
             {"sample_image_size": 16, "diffusion_config": {"sampler_config": SAMPLER | {"schedule_type": "SIGMOID"}}},
-            "schedule_type='SIGMOID', .* can't be sampled",
+            "sampler_config.schedule_type='SIGMOID' must be one of",
+        ),
+        (
+            {"sample_image_size": 16, "diffusion_config": {"sampler_config": SAMPLER | {"schedule": "DDPM"}}},
+            r"sampler_config has unknown keys \['schedule'\]",
+        ),
+        (
+            {
+                "sample_image_size": 16,
+                "diffusion_config": {"sampler_config": SAMPLER | {"num_diffusion_steps": "1000"}},
+            },
+            "sampler_config.num_diffusion_steps='1000' must be int",
+        ),
+        (
+            {"sample_image_size": 16, "diffusion_config": {"sampler_config": SAMPLER, "model_output_scale": 2.0}},
+            "held in range by tanh are not supported",
         ),
     ):
         save_apple_checkpoint(network, path, batch_num=7, args={"unet_config": unet_config} | arguments)

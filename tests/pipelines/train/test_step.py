@@ -1,4 +1,4 @@
-"""The loss of a step for every prediction type, schedule and weighting, against its formula written out."""
+"""The loss of a step against its formula written out, for every prediction type, schedule and weighting; its state."""
 
 from itertools import product
 from typing import Any
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mdm_core.nested_unet import build_network
 from pipelines.train.batches import Batch
 from pipelines.train.config import ModelConfig
-from pipelines.train.step import losses
+from pipelines.train.step import TrainState, losses, new_state, optimizer_step
 
 SIDES = (16, 8)
 ROWS = 6
@@ -103,3 +104,32 @@ def test_the_loss_is_the_weighted_error_of_what_is_asked_for(
             "min_snr": np.minimum(snr, 3.0) * (clean - x0) ** 2,
         }[weighting]
         np.testing.assert_allclose(rows[r].numpy(), weight * error.mean(axis=(1, 2, 3)), rtol=2e-4)
+
+
+def test_a_frozen_layer_comes_back_with_the_others() -> None:
+    def state() -> TrainState:
+        torch.manual_seed(0)
+        network = build_network(model().matryoshka(text_dim=5))
+        network.conv_in.requires_grad_(False)
+        return new_state(network, weight_decay=0.0, ema_length=0.1)
+
+    def step(trained: TrainState) -> None:
+        rows = losses(
+            trained.network,
+            batch(),
+            alpha_bars=model().noise_schedule().alpha_bars(SIDES),
+            resolutions=SIDES,
+            resolution_weights=(1.0, 1.0),
+            weighting="eps",
+        )
+        rows.sum(dim=0).mean().backward()
+        optimizer_step(trained, lr=1e-2, max_grad_norm=1.0)
+
+    undisturbed, cut, resumed = state(), state(), state()
+    for trained in (undisturbed, undisturbed, cut):
+        step(trained)
+    kept = {name: {key: value.clone() for key, value in tensors.items()} for name, tensors in cut.tensors().items()}
+    resumed.load(**kept, step=1)
+    step(resumed)
+    for key, value in undisturbed.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[key], value)
