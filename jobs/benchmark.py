@@ -1,19 +1,20 @@
 """`mdm benchmark NAME`: measures speed and memory, against the same work done the straightforward way."""
 
-import contextlib
 import difflib
 import importlib
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.cli import guarded, say
+from jobs.cli import guarded, run_job, say
 from mdm_core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pipelines.benchmark.config import SampleBenchmarkConfig, TrainBenchmarkConfig
+
 BENCHMARKS = {
-    "train": ("Time the training step of a network.", "pipelines.benchmark.config:TrainBenchmarkConfig"),
-    "sample": ("Time the making of pictures from noise.", "pipelines.benchmark.config:SampleBenchmarkConfig"),
+    "train": ("Time the training step of a network.", "TrainBenchmarkConfig"),
+    "sample": ("Time the making of pictures from noise.", "SampleBenchmarkConfig"),
 }
 """What can be measured: one line, and the class of its configuration."""
 
@@ -25,29 +26,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(_help())
         raise SystemExit(0)
     name = words[0] if words and not words[0].startswith("-") else ""
-    return guarded(f"mdm benchmark {name}".rstrip(), lambda: _run(name, words[1:]), as_json="--json" in words)
-
-
-def _run(name: str, words: list[str]) -> dict[str, Any]:
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        fix = f"did you mean `mdm benchmark {near[0]}`?" if near else "as in `mdm benchmark train --preset mdm-64`"
-        raise ConfigError(f"got {name!r}; wanted {' or '.join(BENCHMARKS)} as the first word; {fix}")
-    from pipelines.run_config import load_config
+        return guarded("mdm benchmark", lambda: _unknown(name), as_json="--json" in words)
+    return run_job(f"benchmark {name}", words[1:], config_class(name), _run, summary=BENCHMARKS[name][0])
 
-    summary, where = BENCHMARKS[name]
-    module, _, class_name = where.partition(":")
-    config_class = getattr(importlib.import_module(module), class_name)
-    flags = [word for word in words if word != "--json"]
-    config = load_config(config_class, flags, prog=f"mdm benchmark {name}", description=summary)
+
+def config_class(name: str) -> Any:
+    """The class of a benchmark's configuration."""
+    return getattr(importlib.import_module("pipelines.benchmark.config"), BENCHMARKS[name][1])
+
+
+def _run(config: "TrainBenchmarkConfig | SampleBenchmarkConfig") -> dict[str, Any]:
     # Imported once the configuration is known to be right.
     from pipelines.benchmark.pipeline import benchmark
     from pipelines.benchmark.report import table
 
-    with contextlib.redirect_stdout(sys.stderr):
-        result = benchmark(config)
-        print(table(result))
-    return dict(json.loads(json.dumps(result)))
+    result = benchmark(config)
+    print(table(result))
+    return result
+
+
+def _unknown(name: str) -> dict[str, Any]:
+    near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+    fix = f"did you mean `mdm benchmark {near[0]}`?" if near else "as in `mdm benchmark train --preset mdm-64`"
+    raise ConfigError(f"got {name!r}; wanted {' or '.join(BENCHMARKS)} as the first word; {fix}")
 
 
 def _help() -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jobs.benchmark import BENCHMARKS, config_class
 from jobs.cli import COMMANDS, run_job
 from mdm_core.errors import ConfigError
 from pipelines.run_config import Config, load_file, read_document
@@ -57,14 +58,20 @@ def _files_in(path: str) -> list[str]:
 
 def _check_file(file: str) -> str:
     """The command that a file is for; raises ConfigError if the file is not valid."""
-    # `mdm benchmark` has a configuration for each of its benchmarks, and is not run from files kept in a repository.
     commands = [name for group in COMMANDS.values() for name in group if name != "benchmark"]
+    commands += [f"benchmark {name}" for name in BENCHMARKS]
     command = read_document(file).data.get("command")
     if command not in commands:
         said = "the file does not say what it is for" if command is None else f"command: got {command!r}"
         raise ConfigError(f"{file}: {said}; wanted one of {', '.join(commands)}, as in `command: refresh`")
-    load_file(importlib.import_module(f"jobs.{command}").CONFIG, file, command=str(command))
+    load_file(_config_class(str(command)), file, command=str(command))
     return str(command)
+
+
+def _config_class(command: str) -> type[Config]:
+    name, _, benchmark = command.partition(" ")
+    config: type[Config] = config_class(benchmark) if benchmark else importlib.import_module(f"jobs.{name}").CONFIG
+    return config
 
 
 if __name__ == "__main__":

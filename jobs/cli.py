@@ -64,6 +64,7 @@ def run_job(
     *,
     positional: str | None = None,
     show_config: bool = True,
+    summary: str | None = None,
 ) -> int:
     """Runs a command and returns its exit code.
 
@@ -76,6 +77,7 @@ def run_job(
         work: The pipeline.
         positional: A field of the configuration whose value may stand ahead of the flags, without a name.
         show_config: Whether the configuration in full is printed first.
+        summary: What the command does, for its help page; its line in COMMANDS when None.
     """
     words = list(sys.argv[1:] if argv is None else argv)
 
@@ -84,7 +86,7 @@ def run_job(
         from pipelines.run_config import dump_config, load_config
 
         flags = _named([word for word in words if word != "--json"], positional, config_class)
-        config = load_config(config_class, flags, prog=f"mdm {command}", description=_summary(command))
+        config = load_config(config_class, flags, prog=f"mdm {command}", description=summary or _summary(command))
         if show_config:
             print(f"# mdm {command}, the configuration in full:\n{dump_config(config)}", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(sys.stderr):

@@ -241,7 +241,7 @@ class MatryoshkaConfig:
 
 def _network_from(values: Mapping[str, Any]) -> UNetConfig:
     given = _with_tuples(values)
-    # Version 0.1.0 had one micro-condition at most, and a field of its own for it.
+    # Earlier files have a field of its own for the one micro-condition that there could be.
     scale = given.pop("scale_condition", None)
     if scale is not None:
         given["micro_conditions"] = (("scale", float(scale)),)

@@ -47,7 +47,7 @@ def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str, descripti
 
     file = config_file_of(argv)
     document = read_document(file) if file is not None else Document({})
-    _check_command(document, file or "", prog.split()[-1])
+    _check_command(document, file or "", prog.partition(" ")[2])
     flags = parse_flags(cls, argv, document.data, prog=prog, description=description)
     data = _merged(document.data, flags)
     return _validated(cls, data, document=document, file=file, given=flags)

@@ -104,7 +104,6 @@ class PlainTraining:
         self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
         self._ema = {name: value.clone() for name, value in self.network.state_dict().items()}
         self._loss = _objective(config, networks, device)
-        self.last_loss = float("nan")
 
     def step(self) -> None:
         """Forward, loss, backward, clipping, AdamW and the average of the weights, one parameter at a time."""
@@ -116,7 +115,7 @@ class PlainTraining:
         with torch.no_grad():
             for name, value in self.network.state_dict().items():
                 self._ema[name].mul_(EMA_DECAY).add_(value, alpha=1 - EMA_DECAY)
-        self.last_loss = loss.item()
+        loss.item()  # for the log, which makes public training code wait for the device in each step
 
 
 class Generation:

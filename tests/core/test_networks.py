@@ -39,7 +39,7 @@ SHELL = UNetConfig(
     num_groups=8,
 )
 
-# What UNetConfig has had since 0.1.0; a file of that version lacks them.
+# What UNetConfig did not have at first; files from then lack them.
 NEW_FIELDS = {
     "num_text_layers", "num_classes", "micro_conditions", "num_attention_groups", "feed_inner", "video",
     "num_temporal_layers", "rotary_positions",
@@ -272,7 +272,7 @@ def test_contradictions_of_a_shell_are_named(change: dict[str, Any], message: st
         MatryoshkaConfig((replace(SHELL, **change), INNER))
 
 
-def test_a_configuration_of_the_version_before_is_read() -> None:
+def test_a_configuration_from_before_micro_conditions_had_names_is_read() -> None:
     before = {name: value for name, value in SHELL.__dict__.items() if name not in NEW_FIELDS}
     written = json.loads(json.dumps({"networks": [{**before, "scale_condition": scale} for scale in (None, 16)]}))
     read = [

@@ -45,7 +45,7 @@ def test_each_file_of_a_folder_has_a_line_and_one_bad_file_is_enough(capsys, tmp
         f"  {bad}: table: missing; set it in the file, or give --table TABLE",
         f"  {bad}: line 2: tabel: unknown key; did you mean table?",
         f"  {mute}: the file does not say what it is for; wanted one of quickstart, refresh, stats, embed, train, "
-        "evaluate, sample, check, as in `command: refresh`",
+        "evaluate, sample, check, benchmark train, benchmark sample, as in `command: refresh`",
     ]
 
 
@@ -64,3 +64,12 @@ def test_a_folder_without_configurations_is_refused(capsys, tmp_path):
 def test_a_missing_file_is_refused(capsys, tmp_path):
     assert check.main([str(tmp_path / "a.yaml")]) == 2
     assert f"{tmp_path / 'a.yaml'}: there is no such file; check the path" in capsys.readouterr().err
+
+
+def test_a_benchmark_has_its_file_too(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("command: benchmark train\npreset: mdm-256\nbatch: 2\n")
+    assert check.main([str(tmp_path / "a.yaml")]) == 0
+    assert "ok, for mdm benchmark train" in capsys.readouterr().err
+    (tmp_path / "a.yaml").write_text("command: benchmark sample\nsteps: 0\n")
+    assert check.main([str(tmp_path / "a.yaml")]) == 2
+    assert "steps" in capsys.readouterr().err
