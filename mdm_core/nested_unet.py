@@ -64,7 +64,9 @@ class NestedUNet(UNet):
         h = to_grid(h, inner_tiles)
         to_inner = None if self.in_adapter is None else _with_rows(self.in_adapter(h), inner_rows)
         inner_outputs, from_inner = self.inner_unet.run(x_t[1:], contexts[1:], to_inner)
-        h = to_frames(h + self.out_adapter(from_inner[:rows]), inner_tiles)
+        if rows < inner_rows:
+            from_inner = from_inner[:rows]
+        h = to_frames(h + self.out_adapter(from_inner), inner_tiles)
         h = self.up(h, skips, context)
         return [to_grid(self.read_out(h), outer_tiles), *inner_outputs], to_grid(h, outer_tiles)
 
