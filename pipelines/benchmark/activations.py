@@ -1,9 +1,11 @@
-"""What a network keeps for the backward pass, level by level, worked out without running it.
+"""What a network keeps for the backward pass, and the memory at its peak, level by level, without running it.
 
 Nothing is allocated: the tensors have shapes and storages only (FakeTensorMode).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,45 +19,76 @@ from mdm_core.unet import UNet
 from pipelines.benchmark.flops import empty_inputs
 from pipelines.benchmark.plain import PlainUNet, build_plain_network
 
-OUTSIDE = "outside levels"
+OUTSIDE, IN_ALL = "outside levels", "in all"
+_TOTAL = "Total"
 
 
-def planned_activations(
-    config: MatryoshkaConfig,
-    *,
-    batch: int,
-    text_tokens: int,
-    dtype: str = "float32",
-    channels_last: bool = True,
-    checkpointed: Iterable[str] = (),
-    plain: bool = False,
-) -> dict[str, int]:
-    """Bytes that one forward pass keeps, by level, finest first.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A forward pass that is worked out only."""
+
+    config: MatryoshkaConfig
+    batch: int
+    """Pictures."""
+    text_tokens: int
+    """Tokens of each caption."""
+    dtype: str = "float32"
+    """float32, or bfloat16 for autocast, whose casts of the weights count as well."""
+    channels_last: bool = True
+    """Whether weights and pictures lie in memory channels last."""
+    checkpointed: tuple[str, ...] = ()
+    """Levels that keep only their input, and run twice."""
+    plain: bool = False
+    """Whether the plain network is asked instead."""
+
+    @contextmanager
+    def network(self) -> Iterator[tuple[UNet | PlainUNet, Callable[[], list[Tensor]]]]:
+        """The network without memory, and what calls it."""
+        with FakeTensorMode():
+            network: UNet | PlainUNet = build_plain_network(self.config) if self.plain else build_network(self.config)
+            if isinstance(network, UNet):
+                network.checkpoint_levels(self.checkpointed)
+            x_t, *others = empty_inputs(self.config, batch=self.batch, text_tokens=self.text_tokens)
+            if self.channels_last and not self.plain:
+                _lay_channels_last(network)
+                x_t = [x.contiguous(memory_format=torch.channels_last) for x in x_t]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                yield network, lambda: network(x_t, *others)
+
+
+def planned_activations(planned: Planned) -> dict[str, int]:
+    """Bytes that the forward pass keeps, by level, finest first.
 
     `outside levels` is what is kept between them, the inputs of checkpointed levels among it.
-
-    Args:
-        config: The networks.
-        batch: Pictures.
-        text_tokens: Tokens of each caption.
-        dtype: float32, or bfloat16 for autocast, whose casts of the weights count as well.
-        channels_last: Whether weights and pictures lie in memory channels last.
-        checkpointed: Levels that keep only their input, and run twice.
-        plain: Whether the plain network is asked instead.
     """
-    names = tuple(checkpointed)
-    with FakeTensorMode():
-        network: UNet | PlainUNet = build_plain_network(config) if plain else build_network(config)
-        if isinstance(network, UNet):
-            network.checkpoint_levels(names)
-        x_t, *others = empty_inputs(config, batch=batch, text_tokens=text_tokens)
-        if channels_last and not plain:
-            _lay_channels_last(network)
-            x_t = [x.contiguous(memory_format=torch.channels_last) for x in x_t]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            return saved_bytes_by_level(
-                network, lambda: network(x_t, *others), levels=network.levels(), checkpointed=names
-            )
+    with planned.network() as (network, forward):
+        return saved_bytes_by_level(network, forward, levels=network.levels(), checkpointed=planned.checkpointed)
+
+
+def planned_peaks(planned: Planned) -> dict[str, int]:
+    """The most bytes there are while each level runs, forward or backward, finest first; `in all` is the step's most.
+
+    Weights, their gradients and all that is kept at that moment count, the optimizer and the average don't. Against a
+    real step it was within 0.5 % at 25.8 M parameters, with and without checkpointed levels; networks with shells,
+    whose levels are all checkpointed, came out up to 16 % too high where they were small.
+    """
+    # Private to torch, and pinned with it; imported where it is used, since it loads torch.distributed.
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with planned.network() as (network, forward):
+        tracker = MemTracker()
+        tracker.track_external(network)
+        with tracker:
+            torch.stack([output.float().square().mean() for output in forward()]).sum().backward()
+        names = {id(level): name for name, level in network.levels().items()}
+        peaks = {
+            names[id(module)]: max(stats.local_peak.values())
+            for module, stats in tracker.memory_tracking.items()
+            if id(module) in names
+        }
+        whole = tracker.get_tracker_snapshot("peak")
+    in_all = sum(int(parts[_TOTAL]) for parts in whole.values())
+    return {name: peaks[name] for name in names.values()} | {IN_ALL: in_all}
 
 
 def saved_bytes_by_level(

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
-from pipelines.benchmark.activations import planned_activations
+from pipelines.benchmark.activations import IN_ALL, Planned, planned_activations, planned_peaks
 from pipelines.benchmark.config import SampleBenchmarkConfig, TrainBenchmarkConfig
 from pipelines.benchmark.contender import Label
 from pipelines.benchmark.flops import Flops, flops_per_picture
@@ -68,21 +69,26 @@ def saved_bytes(config: TrainBenchmarkConfig, networks: MatryoshkaConfig) -> dic
     """
     with torch.device("meta"):
         names = tuple(build_network(networks).levels())
-    planned = functools.partial(
-        planned_activations,
-        networks,
+    as_it_is = Planned(
+        config=networks,
         batch=config.batch,
         text_tokens=config.text_tokens,
         dtype=config.dtype,
         channels_last=config.channels_last,
     )
     chosen = config.checkpointed(names)
-    kept = planned(checkpointed=chosen)
+    as_chosen = replace(as_it_is, checkpointed=tuple(chosen))
+    kept = planned_activations(as_chosen)
     result: dict[str, Any] = {"saved_bytes": sum(kept.values()), "saved_bytes_by_level": kept}
     if chosen:
-        result["saved_bytes_without_checkpoint"] = sum(planned().values())
+        result["saved_bytes_without_checkpoint"] = sum(planned_activations(as_it_is).values())
     if config.against == "plain":
-        result["saved_bytes_of_plain"] = sum(planned(plain=True).values())
+        result["saved_bytes_of_plain"] = sum(planned_activations(replace(as_it_is, plain=True)).values())
+    if config.plan:
+        peaks = planned_peaks(as_chosen)
+        result |= {"peak_bytes": peaks.pop(IN_ALL), "peak_bytes_by_level": peaks}
+        if chosen:
+            result["peak_bytes_without_checkpoint"] = planned_peaks(as_it_is)[IN_ALL]
     return result
 
 

@@ -69,8 +69,17 @@ def table(result: Mapping[str, Any]) -> str:
     if "step_ratio" in result:
         lines.append(f"{result['step_ratio']:.2f} × the speed, {result['memory_ratio']:.2f} × the memory")
     if "saved_bytes_by_level" in result:
-        lines += ["", "kept for the backward pass:"]
-        lines += _aligned([[name, _bytes(kept)] for name, kept in result["saved_bytes_by_level"].items()])
+        peaks = result.get("peak_bytes_by_level", {})
+        lines += [
+            "",
+            "kept for the backward pass" + (", and memory at its peak while the level runs:" if peaks else ":"),
+        ]
+        lines += _aligned(
+            [
+                [name, _bytes(kept), *([_bytes(peaks[name]) if name in peaks else ""] if peaks else [])]
+                for name, kept in result["saved_bytes_by_level"].items()
+            ]
+        )
         lines += _aligned(
             [
                 [title, _bytes(result[key])]
@@ -79,6 +88,8 @@ def table(result: Mapping[str, Any]) -> str:
                     ("without --checkpoint", "saved_bytes_without_checkpoint"),
                     ("plain network", "saved_bytes_of_plain"),
                     ("weights, gradients, optimizer, average", "state_bytes"),
+                    ("peak of weights, gradients and what is kept", "peak_bytes"),
+                    ("… without --checkpoint", "peak_bytes_without_checkpoint"),
                 )
                 if key in result
             ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mdm_core.apple_config import config_from_apple
 from tests.core.plain_networks import plain_forward
+from tests.core.reference_forward import build_case, call_arguments
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference numbers (../shared/reference) are absent")
@@ -69,6 +70,21 @@ def test_plain_network_computes_what_the_published_code_does(name: str, output: 
     outputs, data = run_case(name, output, recipe_state(CASES[name]))
     for level, y in enumerate(outputs):
         torch.testing.assert_close(y.float(), data[f"out.{output}.y{level}"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "output"), [(name, output) for name in OUTPUTS for output in OUTPUTS[name]])
+def test_both_implementations_agree_on_the_case_in_float64(name: str, output: str) -> None:
+    network = build_case(REFERENCE, CASES[name]).double()
+    outputs, data = run_case(name, output, network.state_dict())
+    x_t, arguments = call_arguments(network, data, output)
+    if "text_emb" in arguments:
+        arguments["text_emb"] = arguments["text_emb"].double()
+    if "micros" in arguments:
+        arguments["micros"] = {key: value.double() for key, value in arguments["micros"].items()}
+    with torch.no_grad():
+        ours = network([x.double() for x in x_t], **arguments)
+    for got, wanted in zip(ours, outputs, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
