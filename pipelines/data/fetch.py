@@ -39,7 +39,7 @@ class Failure:
 
 
 class Fetcher:
-    """Fetches links over one pool of connections, inside one event loop.
+    """Fetches links over one pool of connections, inside one event loop; it may be made outside of it.
 
     Args:
         config: The limits.
@@ -52,10 +52,28 @@ class Fetcher:
         self._random = random.Random(seed)
         self._guard = AddressGuard(config.allow_networks)
         self._lookup = lookup
+        self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(config.concurrency)
         self._host_slots: defaultdict[str, asyncio.Semaphore] = defaultdict(self._new_host)
 
     async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections; closing again, or without having fetched, does nothing."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        """Returns the one session, which belongs to the loop that first asks for it."""
+        if self._session is not None:
+            return self._session
         context = ssl.create_default_context()
         if not self._config.verify_tls:
             context.check_hostname = False
@@ -79,12 +97,7 @@ class Fetcher:
                 "Accept-Encoding": "identity",
             },
         )
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._session.close()
+        return self._session
 
     @contextlib.asynccontextmanager
     async def fetched(self, url: str) -> AsyncIterator[bytes | Failure]:
@@ -131,7 +144,7 @@ class Fetcher:
         """Follows redirects by hand: each leads to a link that is as untrusted as the first."""
         try:
             for _ in range(self._config.max_redirects + 1):
-                async with self._session.get(url, allow_redirects=False) as response:
+                async with self._open_session().get(url, allow_redirects=False) as response:
                     location = response.headers.get("Location")
                     if response.status not in _REDIRECTS or location is None:
                         return await self._read(response)

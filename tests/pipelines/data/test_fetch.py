@@ -38,6 +38,21 @@ def test_body_arrives_as_it_was_served(server: PictureServer) -> None:
     assert fetch_all(urls) == [server.files[f"/{number}.jpg"] for number in range(3)]
 
 
+def test_fetcher_may_be_made_outside_the_loop_and_closed_more_than_once(server: PictureServer) -> None:
+    (url,) = server.add_pictures(1)
+    fetcher = Fetcher(FetchConfig(allow_networks=LOOPBACK))
+
+    async def run() -> bytes | Failure:
+        async with fetcher.fetched(url) as body:
+            pass
+        await fetcher.close()
+        await fetcher.close()
+        return body
+
+    assert asyncio.run(run()) == server.files["/0.jpg"]
+    asyncio.run(Fetcher(FetchConfig()).close())
+
+
 @pytest.mark.parametrize(
     ("path", "reason", "retryable"),
     [
