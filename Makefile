@@ -2,7 +2,7 @@
 
 PYTHON ?= python3.11
 VENV := .venv
-EXTRAS := quickstart,img2dataset,t5,s3,dev
+EXTRAS := quickstart,img2dataset,video,scores,heic,t5,s3,dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 

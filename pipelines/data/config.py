@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from pipelines.run_config import Config
+from pipelines.tracking import TrackingConfig
 
 Network: TypeAlias = Annotated[str, AfterValidator(lambda text: str(ipaddress.ip_network(text)))]
 Range: TypeAlias = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
@@ -24,9 +25,10 @@ class SourceConfig(Config):
     """The list of links."""
 
     uri: str = Field(min_length=1)
-    """The list: a local path or s3://…; .gz and .zst are unpacked as it is read."""
-    format: Literal["tsv", "csv", "parquet", "jsonl"] = "tsv"
-    """How the list is written. In tsv quotes mean nothing: one line is one row."""
+    """The list: a local path, s3://… or https://…, or several parts as in part-*.tsv.gz; .gz and .zst are unpacked."""
+    format: Literal["tsv", "csv", "parquet", "jsonl", "img2dataset"] = "tsv"
+    """How the list is written. In tsv quotes mean nothing: one line is one row. img2dataset is a folder that it made,
+    whose pictures are taken as they are, without fetching."""
     header: bool = False
     """Whether the first line of a tsv or csv list names the columns."""
     columns: ColumnsConfig = ColumnsConfig()
@@ -53,6 +55,8 @@ class TableConfig(Config):
 class FetchConfig(Config):
     """How links are fetched, and what is never fetched."""
 
+    engine: Literal["native", "img2dataset"] = "native"
+    """What fetches and resizes: this project's code, or img2dataset's, for those who need its exact pixels."""
     concurrency: int = Field(default=256, ge=1, le=10_000)
     """Links that each worker fetches at once."""
     per_host: int = Field(default=8, ge=1)
@@ -86,12 +90,24 @@ class ImageConfig(Config):
     """Which side becomes size_px; center_crop resizes the shorter one and cuts the middle square out."""
     upscale: bool = False
     """Whether smaller pictures are enlarged; else they are stored as they are."""
-    format: Literal["jpeg", "webp", "png"] = "jpeg"
-    """How pictures are stored; png loses nothing, which matters at 64 px and below."""
+    format: Literal["jpeg", "webp", "png", "source"] = "jpeg"
+    """How pictures are stored. png loses nothing, which matters at 64 px and below; source is the format that came,
+    and the very bytes that came where nothing had to be changed."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpeg and webp."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Largest picture decoded, in pixels, read from its header."""
+
+
+class VideoConfig(Config):
+    """What is stored of a video: one clip, whose frames are pictures as `image` says."""
+
+    num_frames: int = Field(default=16, ge=1, le=1024)
+    """Frames of a clip; a video too short for them is filtered."""
+    fps: float = Field(default=8.0, gt=0, le=240)
+    """Frames a second of the clip."""
+    scene_cuts: bool = True
+    """Whether a clip must lie between two cuts where the video has room for it."""
 
 
 class FiltersConfig(Config):
@@ -105,8 +121,15 @@ class FiltersConfig(Config):
     """Words wanted in a caption, from and to."""
     caption_chars: Range = (5, 2000)
     """Characters wanted in a caption, from and to."""
+    language: tuple[str, ...] | None = None
+    """Languages wanted in captions, as in [en, de]; needs the extra mdm[scores]."""
     exact_duplicates: bool = True
     """Leave out pictures whose bytes equal those of an earlier one."""
+    near_duplicates: Annotated[int, Field(ge=0, le=15)] | None = None
+    """Leave out pictures whose perceptual hash differs from an earlier one's in at most so many of 64 bits."""
+    exclude_hashes: str | None = None
+    """A file of hashes, one a line, of pictures to keep out, as those of evaluation sets: SHA-256 of the bytes fetched
+    (64 hexadecimal digits), or perceptual hashes (16)."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -114,6 +137,30 @@ class FiltersConfig(Config):
             if low > high:
                 raise ValueError(f"{field}=[{low}, {high}] lets nothing through; wanted [smaller, larger]")
         return self
+
+
+class ClipConfig(Config):
+    """A CLIP model of open_clip."""
+
+    model: str = Field(default="ViT-B-32", min_length=1)
+    """Name of an architecture that open_clip knows, or hf-hub:…, or local-dir:…."""
+    pretrained: str | None = None
+    """Weights: a name that open_clip knows, or the path of a file."""
+    device: str = "auto"
+    """Where it runs: cpu, cuda, or auto."""
+    batch: int = Field(default=64, ge=1)
+    """Pictures scored at once."""
+
+
+class ScoreConfig(Config):
+    """Columns of numbers by which training may select rows; nothing is left out here."""
+
+    clip: ClipConfig | None = None
+    """Model of `clip_similarity` and of the zero-shot scores."""
+    nsfw: bool = False
+    """Whether `score_nsfw`, a probability, is stored; needs the extra mdm[scores]."""
+    zero_shot: dict[str, tuple[str, str]] = {}
+    """Column `score_NAME` for each name: the probability of the first text against the second."""
 
 
 class RunConfig(Config):
@@ -129,6 +176,8 @@ class RunConfig(Config):
     """Failures to try again: due, those that may pass, after a wait that grows; all, every one."""
     limit: int | None = Field(default=None, ge=0)
     """Read only so many rows of the list."""
+    prune: bool = False
+    """Whether links of this source that are no longer in the list are taken out of the table."""
 
 
 class RefreshConfig(Config):
@@ -138,5 +187,10 @@ class RefreshConfig(Config):
     table: TableConfig
     fetch: FetchConfig = FetchConfig()
     image: ImageConfig = ImageConfig()
+    video: VideoConfig | None = None
+    """Take the links for videos, and store a clip of each."""
     filters: FiltersConfig = FiltersConfig()
+    score: ScoreConfig = ScoreConfig()
     run: RunConfig = RunConfig()
+    tracking: TrackingConfig | None = TrackingConfig()
+    """Where refreshes are told of; null for nowhere."""

@@ -49,6 +49,8 @@ class Picture:
     height: int
     original_width: int
     original_height: int
+    phash: int | None = None
+    """Perceptual hash, its 64 bits as a signed number."""
 
 
 def decode(body: bytes, image: ImageConfig, filters: FiltersConfig) -> Picture | Failure:

@@ -1,4 +1,4 @@
-"""Sets of 16-byte keys (ids of links, hashes of pictures) at 16 bytes each, for tables of millions of rows."""
+"""Sets and maps of 16-byte keys (ids of links, hashes of pictures), packed, for tables of millions of rows."""
 
 import hashlib
 from typing import Any, TypeAlias
@@ -37,6 +37,12 @@ def from_column(column: pa.ChunkedArray) -> Keys:
     return np.concatenate(found) if found else empty()
 
 
+def to_list(keys: Keys) -> list[bytes]:
+    """Returns each key as bytes, zero bytes at its end included."""
+    joined = keys.tobytes()
+    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
+
+
 def empty() -> Keys:
     """Returns no keys."""
     return np.empty(0, _DTYPE)
@@ -55,6 +61,53 @@ def find(sorted_keys: Keys, keys: Keys) -> npt.NDArray[Any]:
         return np.full(len(keys), -1)
     at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
     return np.where(sorted_keys[at] == keys, at, -1)
+
+
+def text_hashes(texts: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.uint64]:
+    """Returns a 64-bit hash of each text, the same in every process: enough to tell whether a caption has changed."""
+    # Not at the top: it takes a third of a second that other commands need not wait for.
+    from pandas.util import hash_array
+
+    return np.asarray(hash_array(texts.to_numpy(zero_copy_only=False).astype(object), categorize=False))
+
+
+class KeyMap:
+    """A map that grows, from keys to rows of a numpy dtype; the newest value of a key counts.
+
+    A few sorted arrays, each at least twice as long as the next.
+    """
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self._dtype = np.dtype(dtype)
+        self._runs: list[tuple[Keys, npt.NDArray[Any]]] = []
+
+    def add(self, keys: Keys, values: npt.NDArray[Any]) -> None:
+        """Maps each of `keys` to the value at its place."""
+        keys, values = _newest(keys, values)
+        while self._runs and len(self._runs[-1][0]) < 2 * len(keys):
+            older_keys, older_values = self._runs.pop()
+            keys, values = _newest(np.concatenate([older_keys, keys]), np.concatenate([older_values, values]))
+        if len(keys):
+            self._runs.append((keys, values))
+
+    def get(self, keys: Keys) -> tuple[Mask, npt.NDArray[Any]]:
+        """Returns which of `keys` are there, and the value of each; zeros where it is not there."""
+        found = np.zeros(len(keys), bool)
+        values = np.zeros(len(keys), self._dtype)
+        for run_keys, run_values in self._runs:
+            at = find(run_keys, keys)
+            here = at >= 0
+            values[here] = run_values[at[here]]
+            found |= here
+        return found, values
+
+
+def _newest(keys: Keys, values: npt.NDArray[Any]) -> tuple[Keys, npt.NDArray[Any]]:
+    """Returns the keys sorted, each once, with the last of its values."""
+    order = np.argsort(keys, kind="stable")
+    keys, values = keys[order], values[order]
+    is_last = np.append(keys[1:] != keys[:-1], True) if len(keys) else np.empty(0, bool)
+    return keys[is_last], values[is_last]
 
 
 class KeySet:

@@ -31,7 +31,7 @@ from pipelines.data.plan import Plan, iter_chunks, make_plan
 from pipelines.data.shards import WrittenShard, pack, shards_from_table, unpack
 from pipelines.data.sweep import sweep
 from pipelines.data.table import OUTCOMES
-from pipelines.data.worker import RefreshWorker
+from pipelines.data.worker import FetchWorker
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int
         _ListSource(plan, config.run.shard_rows), override_num_blocks=1, num_cpus=_READER_CPUS
     )
     return chunks.map_batches(
-        RefreshWorker,
+        FetchWorker,
         fn_constructor_kwargs={
             "config": config,
             "table_uri": ledger.uri,

@@ -37,11 +37,19 @@ SCHEMA = pa.schema(
         pa.field("sha256", pa.binary()),  # of the bytes fetched
         pa.field("phash", pa.int64()),
         pa.field("clip_similarity", pa.float32()),
+        pa.field("language", pa.string()),  # of the caption, where it was asked for
+        pa.field("frames", pa.list_(pa.binary())),  # of a clip, in the place of `image`
+        pa.field("fps", pa.float32()),
+        pa.field("start_s", pa.float32()),
+        pa.field("duration_s", pa.float32()),
     ]
 )
 
 # Null in rows without a picture; the sizes and the hash of what was fetched stay.
-IMAGE_COLUMNS = ("image", "format", "width", "height", "phash", "clip_similarity")
+IMAGE_COLUMNS = (
+    *("image", "format", "width", "height", "phash", "clip_similarity"),
+    *("frames", "fps", "start_s", "duration_s"),
+)
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ def configure(tmp_path: Path, lines: Sequence[str], **sections: dict[str, Any]) 
     """Returns the configuration of a refresh of a TSV list with these lines."""
     path = tmp_path / "list.tsv"
     path.write_text("".join(f"{line}\n" for line in lines))
-    values: dict[str, dict[str, Any]] = {
+    values: dict[str, Any] = {
         "source": {"uri": str(path), "name": "test"},
         "table": {"uri": str(tmp_path / "table")},
+        "tracking": None,
         "fetch": {
             "allow_networks": ["127.0.0.1/32"],
             "deadline_s": 2,

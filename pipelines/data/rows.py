@@ -1,0 +1,60 @@
+"""Rows of the sample table, made of what became of links."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.data.decode import Picture
+from pipelines.data.engine import Result
+from pipelines.data.table import SCHEMA
+from pipelines.data.video import Clip
+
+_SIZES = ("format", "width", "height", "original_width", "original_height", "phash")
+_CLIP = ("frames", "fps", "start_s", "duration_s")
+
+
+def rows_of(
+    chunk: pa.Table, results: Sequence[Result], *, source_name: str, languages: Sequence[str | None]
+) -> pa.Table:
+    """Returns a row for each link of a chunk, in its order; scores are null.
+
+    Args:
+        chunk: Columns id, url, caption and attempts.
+        results: What became of each link.
+        source_name: Stored with every row.
+        languages: Of each caption, where it was found out.
+    """
+    pictures = [result.picture for result in results]
+    failures = [result.failure for result in results]
+    count = len(results)
+    columns: dict[str, Any] = {
+        "id": chunk["id"],
+        "url": chunk["url"],
+        "caption": chunk["caption"],
+        "attempts": chunk["attempts"],
+        "source": [source_name] * count,
+        "outcome": [result.outcome for result in results],
+        "reason": [failure and failure.reason for failure in failures],
+        "retryable": [failure is not None and failure.retryable for failure in failures],
+        "fetched_at": [datetime.now(UTC)] * count,
+        "image": [picture.data if isinstance(picture, Picture) else None for picture in pictures],
+        "sha256": [result.sha256 for result in results],
+        "clip_similarity": [None] * count,
+        "language": list(languages),
+    }
+    for name in _SIZES:
+        columns[name] = [picture and getattr(picture, name) for picture in pictures]
+    for name in _CLIP:
+        columns[name] = [getattr(picture, name) if isinstance(picture, Clip) else None for picture in pictures]
+    return pa.table({field.name: columns[field.name] for field in SCHEMA}, schema=SCHEMA)
+
+
+def picture_to_score(row: dict[str, Any]) -> bytes | None:
+    """Returns the picture of a row (columns image and frames) that scores are about: of a clip, the middle frame."""
+    if row["frames"]:
+        frame: bytes = row["frames"][len(row["frames"]) // 2]
+        return frame
+    image: bytes | None = row["image"]
+    return image
