@@ -88,9 +88,7 @@ class FetchWorker:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _rows(self, chunk: pa.Table) -> pa.Table:
-        links = [
-            Link(url, caption) for url, caption in zip(*map(_texts, (chunk["url"], chunk["caption"])), strict=True)
-        ]
+        links = [Link(row["url"], row["caption"]) for row in chunk.select(["url", "caption"]).to_pylist()]
         results: list[Result | None] = [self._before_fetching(link.caption) for link in links]
         wanted = [at for at, result in enumerate(results) if result is None]
         fetched = self._await(self._engine.results([links[at] for at in wanted]))
