@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Data": {
         "refresh": "Bring a table of pictures up to date with a list of links.",
+        "forget": "Take links out of a table for good: their rows, their bytes, and their way back in.",
         "stats": "Show what a table holds: outcomes, reasons, sizes.",
         "embed": "Encode the captions of a table, beside its pictures.",
     },

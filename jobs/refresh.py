@@ -14,8 +14,13 @@ CONFIG = RefreshConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_job("refresh", argv, CONFIG, _run)
+    """Runs the command and returns its exit code; `--prune` is short for `--run.prune true`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for at, word in enumerate(words):
+        if word == "--prune":
+            words[at : at + 1] = ["--run.prune", "true"]
+            break
+    return run_job("refresh", words, CONFIG, _run)
 
 
 def _run(config: RefreshConfig) -> "RefreshReport":

@@ -1,5 +1,6 @@
-"""`mdm stats`: shows what a table holds: outcomes, reasons, sizes."""
+"""`mdm stats`: shows what a table holds: outcomes, reasons, hosts that fail, sizes, and each refresh's pace."""
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ class StatsConfig(Config):
 
     table: str = Field(min_length=1)
     """The sample table: a local folder or s3://…."""
+    plot: str | None = None
+    """Where to draw a picture of it: a path or s3://…, as in stats.png."""
 
 
 CONFIG = StatsConfig
@@ -27,9 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: StatsConfig) -> dict[str, Any]:
     # Imported once the configuration is known to be right: it loads Arrow and Delta.
-    from pipelines.data.table import table_stats
+    from pipelines import storage
+    from pipelines.data.stats import stats_figure, stats_text, table_stats
 
-    return table_stats(config.table)
+    stats = table_stats(config.table)
+    print(stats_text(stats))
+    if config.plot is not None:
+        drawn = io.BytesIO()
+        stats_figure(stats).savefig(drawn, format="png")
+        storage.write_bytes_atomic(storage.absolute(config.plot), drawn.getvalue())
+    return stats
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The configuration of a refresh."""
 
 import ipaddress
+import re
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
@@ -10,6 +11,31 @@ from pipelines.tracking import TrackingConfig
 
 Network: TypeAlias = Annotated[str, AfterValidator(lambda text: str(ipaddress.ip_network(text)))]
 Range: TypeAlias = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+LanguageCode: TypeAlias = Annotated[str, AfterValidator(lambda text: _language_code(text))]
+
+_NO_LIMIT = 1_000_000
+_PRESETS: dict[str, dict[str, object]] = {
+    "cc12m": {
+        "min_side_px": 401,
+        "max_aspect": 2.5,
+        "caption_words": (3, 256),
+        "caption_chars": (0, _NO_LIMIT),
+    },
+    "datacomp_basic": {
+        "min_side_px": 200,
+        "max_aspect": 3.0,
+        "caption_words": (3, _NO_LIMIT),
+        "caption_chars": (6, _NO_LIMIT),
+        "language": ("en",),
+    },
+}
+
+
+def _language_code(text: str) -> str:
+    # Whether it is known is asked of the detector, which takes a second to load.
+    if not re.fullmatch("[a-z]{2,3}", text):
+        raise ValueError(f"got {text!r}; wanted an ISO 639 code of two or three small letters, as en")
+    return text
 
 
 class ColumnsConfig(Config):
@@ -113,16 +139,22 @@ class VideoConfig(Config):
 class FiltersConfig(Config):
     """What is not stored. Rows that are filtered keep their link and caption, not their picture."""
 
+    preset: Literal["cc12m", "datacomp_basic"] | None = None
+    """Published rules for the fields below that are not given: cc12m, the image and text filters of Conceptual 12M
+    (arXiv 2102.08981, section 2: both sides over 400 pixels, aspect at most 2.5, 3 to 256 words; what looks at the
+    words themselves is left out), or datacomp_basic, DataComp's basic filtering (arXiv 2304.14108, section 4: English,
+    over 2 words and 5 characters, aspect at most 3, shorter side at least 200)."""
     min_side_px: int = Field(default=200, ge=0)
     """Shorter side wanted, in pixels, before resizing."""
     max_aspect: float = Field(default=3.0, ge=1)
     """Longer side over shorter side, at most."""
     caption_words: Range = (3, 256)
-    """Words wanted in a caption, from and to."""
+    """Words wanted in a caption, from and to. Words lie between spaces; in scripts without spaces, as Chinese,
+    Japanese and Thai, every two characters count as one."""
     caption_chars: Range = (5, 2000)
     """Characters wanted in a caption, from and to."""
-    language: tuple[str, ...] | None = None
-    """Languages wanted in captions, as in [en, de]; needs the extra mdm[scores]."""
+    language: Annotated[tuple[LanguageCode, ...], Field(min_length=1)] | None = None
+    """Languages wanted in captions, by ISO 639 code, as in [en, de]; needs the extra mdm[scores]."""
     exact_duplicates: bool = True
     """Leave out pictures whose bytes equal those of an earlier one."""
     near_duplicates: Annotated[int, Field(ge=0, le=15)] | None = None
@@ -130,6 +162,15 @@ class FiltersConfig(Config):
     exclude_hashes: str | None = None
     """A file of hashes, one a line, of pictures to keep out, as those of evaluation sets: SHA-256 of the bytes fetched
     (64 hexadecimal digits), or perceptual hashes (16)."""
+
+    @model_validator(mode="after")
+    def _fill_from_preset(self) -> Self:
+        """The preset's rules become given values, so that the resolved configuration shows them and keeps them."""
+        if self.preset is not None:
+            rules = {name: rule for name, rule in _PRESETS[self.preset].items() if name not in self.model_fields_set}
+            self.__dict__.update(rules)
+            self.model_fields_set.update(rules)
+        return self
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -143,13 +184,25 @@ class ClipConfig(Config):
     """A CLIP model of open_clip."""
 
     model: str = Field(default="ViT-B-32", min_length=1)
-    """Name of an architecture that open_clip knows, or hf-hub:…, or local-dir:…."""
+    """Name of an architecture that open_clip knows, or hf-hub:NAME or local-dir:FOLDER, which bring their weights."""
     pretrained: str | None = None
-    """Weights: a name that open_clip knows, or the path of a file."""
+    """Weights: a name that open_clip knows for the model, or the path of a file."""
     device: str = "auto"
-    """Where it runs: cpu, cuda, or auto."""
+    """Where it runs: cpu, cuda, or auto, which is cuda where there is one."""
     batch: int = Field(default=64, ge=1)
     """Pictures scored at once."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        brings_weights = self.model.startswith(("hf-hub:", "local-dir:"))
+        if self.pretrained is None and not brings_weights:
+            raise ValueError(
+                f"pretrained is missing, and scores of {self.model} with random weights mean nothing; "
+                "name its weights, as in pretrained: laion2b_s34b_b79k, or a file"
+            )
+        if self.pretrained is not None and brings_weights:
+            raise ValueError(f"{self.model} brings its own weights; leave out pretrained={self.pretrained}")
+        return self
 
 
 class ScoreConfig(Config):
@@ -159,8 +212,31 @@ class ScoreConfig(Config):
     """Model of `clip_similarity` and of the zero-shot scores."""
     nsfw: bool = False
     """Whether `score_nsfw`, a probability, is stored; needs the extra mdm[scores]."""
-    zero_shot: dict[str, tuple[str, str]] = {}
+    zero_shot: dict[str, tuple[str, str]] = Field(default_factory=dict)
     """Column `score_NAME` for each name: the probability of the first text against the second."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are asked for."""
+        names = (["clip_similarity"] if self.clip else []) + (["score_nsfw"] if self.nsfw else [])
+        return (*names, *(f"score_{name}" for name in self.zero_shot))
+
+    @model_validator(mode="after")
+    def _check_zero_shot(self) -> Self:
+        for name, texts in self.zero_shot.items():
+            if not re.fullmatch("[a-z][a-z0-9_]*", name):
+                raise ValueError(
+                    f"zero_shot: {name!r} can't be a part of a column's name; use small letters, digits and _"
+                )
+            if name == "nsfw" and self.nsfw:
+                raise ValueError("zero_shot: nsfw would be the column score_nsfw, which nsfw: true makes; rename it")
+            if texts[0] == texts[1] or not all(text.strip() for text in texts):
+                raise ValueError(f"zero_shot.{name}={list(texts)} compares nothing; give two texts that differ")
+        if self.zero_shot and self.clip is None:
+            raise ValueError(
+                "zero_shot needs a model; set score.clip, as in clip: {model: ViT-B-32, pretrained: laion2b_s34b_b79k}"
+            )
+        return self
 
 
 class RunConfig(Config):
@@ -194,3 +270,21 @@ class RefreshConfig(Config):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig | None = TrackingConfig()
     """Where refreshes are told of; null for nowhere."""
+
+    @model_validator(mode="after")
+    def _check_prune(self) -> Self:
+        if self.run.prune and self.run.limit is not None:
+            raise ValueError(
+                f"run.limit={self.run.limit} reads a part of the list, and run.prune would remove the rest; "
+                "leave one of them out"
+            )
+        return self
+
+
+class ForgetConfig(Config):
+    """Take links out of a table for good."""
+
+    table: str = Field(min_length=1)
+    """The sample table: a local folder or s3://…."""
+    urls: str = Field(min_length=1)
+    """A file of links, one a line, exactly as they stood in the list."""

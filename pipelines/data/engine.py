@@ -10,7 +10,11 @@ from typing import Protocol
 from pipelines.data.config import RefreshConfig
 from pipelines.data.decode import Picture, decode
 from pipelines.data.fetch import Failure, Fetcher
+from pipelines.data.review import make_thumbnail
 from pipelines.data.video import Clip, decode_clip
+
+# For people to look at: a few from each worker are enough.
+_MAX_THUMBNAILS = 32
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Result:
     failure: Failure | None = None
     sha256: bytes | None = None
     """Of the bytes fetched, where any were."""
+    thumbnail: bytes | None = None
+    """A small JPEG of a picture that is not kept, of some of them."""
 
     @property
     def outcome(self) -> str:
@@ -59,6 +65,7 @@ class NativeEngine:
         self._config = config
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._fetcher = Fetcher(config.fetch)
+        self._num_thumbnails = _MAX_THUMBNAILS
 
     async def results(self, links: Sequence[Link]) -> list[Result]:
         """Returns what became of each link, in their order."""
@@ -84,5 +91,11 @@ class NativeEngine:
         else:
             picture = decode_clip(body, config.image, config.filters, config.video)
         if isinstance(picture, Failure):
-            return Result(failure=picture, sha256=sha256)
+            return Result(failure=picture, sha256=sha256, thumbnail=self._thumbnail(body, picture))
         return Result(picture=picture, sha256=sha256)
+
+    def _thumbnail(self, body: bytes, failure: Failure) -> bytes | None:
+        if failure.outcome != "filtered" or self._config.video is not None or self._num_thumbnails == 0:
+            return None
+        self._num_thumbnails -= 1
+        return make_thumbnail(body)

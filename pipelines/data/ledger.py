@@ -1,22 +1,48 @@
 """What a table holds, link by link: which links need no work, and which failures may be tried again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from pipelines import storage
 from pipelines.data import keys
-from pipelines.data.table import SampleTable, Shard, create_table
+from pipelines.data.shards import WrittenShard
+from pipelines.data.table import FORGOTTEN, SampleTable, Shard, ensure_table
+
+if TYPE_CHECKING:
+    from pipelines.data.phash import HashIndex
 
 _FIRST_WAIT_S = 3600.0
 _WAIT_GROWTH = 4.0
 _NUM_READERS = 8
+_READ_SHARDS = 256
+_CAPTION_REASONS = ("caption_chars", "caption_words", "language")
+_COLUMNS = {
+    "ok": ["id", "caption"],
+    "filtered": ["id", "caption", "reason"],
+    "failed": ["id", "caption", "attempts", "retryable", "fetched_at"],
+}
+
+
+class State(IntEnum):
+    """What a link's row means for later refreshes."""
+
+    SETTLED = 0
+    FAILED = 1
+    UNFETCHED = 2
+    """Filtered for its caption alone: another caption is a reason to fetch it."""
+    FORGOTTEN = 3
+
+
+_LINK = np.dtype([("caption", np.uint64), ("shard", np.uint32), ("state", np.uint8)])
 
 
 @dataclass(frozen=True)
@@ -40,22 +66,48 @@ class Ledger:
     def __init__(self, uri: str, *, now_s: float, retry_failed: Literal["due", "none", "all"] = "due") -> None:
         self.uri = storage.absolute(uri)
         self.version = -1
-        self.ids = keys.KeySet()
         self.failed: dict[str, FailedRows] = {}
         self.paths: frozenset[str] = frozenset()
+        self._links = keys.KeyMap(_LINK)
+        self._shards: list[Shard] = []
         self._now_s = now_s
         self._retry_failed = retry_failed
         self._hashes: keys.KeySet | None = None
+        self._phashes: HashIndex | None = None
         self._written_here: set[str] = set()
+        self._rewritten_here: set[str] = set()
         self._written_elsewhere: dict[bytes, int] = {}
         if DeltaTable.is_deltatable(self.uri, storage.delta_options(self.uri)):
             self._read(self._advance())
 
-    def create_table(self) -> None:
-        """Makes the table if it is not there."""
-        if self.version < 0:
-            create_table(self.uri)
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the table as it was read last."""
+        return self._table.schema
+
+    def ensure_table(self, scores: Sequence[str] = ()) -> None:
+        """Makes the table if it is not there, and the columns that it lacks."""
+        if self.version < 0 or not set(scores) <= set(self.schema.names):
+            ensure_table(self.uri, scores)
             self.catch_up()
+
+    def look_up(self, ids: keys.Keys) -> tuple[keys.Mask, npt.NDArray[Any]]:
+        """Returns which links have a row, and of each its fields `caption` (a hash), `shard` and `state`."""
+        return self._links.get(ids)
+
+    def locate(self, ids: keys.Keys) -> dict[Shard, keys.Keys]:
+        """Returns the files that hold rows of `ids`, and which of them each holds."""
+        found, links = self._links.get(ids)
+        here, numbers = ids[found], links["shard"][found]
+        files = {self._shards[number]: here[numbers == number] for number in np.unique(numbers)}
+        return {shard: rows for shard, rows in files.items() if shard.path in self.paths}
+
+    def each_shard(self, columns: list[str], outcome: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
+        """Yields each file of the version that was read, and columns of its rows; a few files are in memory."""
+        shards = self._table.shards(outcome)
+        for first in range(0, len(shards), _READ_SHARDS):
+            some = shards[first : first + _READ_SHARDS]
+            yield from zip(some, self._columns(some, columns), strict=True)
 
     def to_retry(self) -> tuple[keys.Keys, npt.NDArray[np.int32]]:
         """Returns the ids of the failures to try again, sorted, and how often each was tried."""
@@ -69,39 +121,65 @@ class Ledger:
         return ids[order], attempts[order]
 
     def catch_up(self) -> None:
-        """Reads what others have committed since the table was read last."""
-        shards = self._advance()
-        others = [shard for shard in shards if shard.path not in self._written_here]
-        self._read([shard for shard in shards if shard.outcome == "failed" or shard in others])
-        for shard in others:
+        """Reads what has been committed since the table was read last, by others or by rewriting."""
+        shards = [shard for shard in self._advance() if shard.path not in self._written_here]
+        self._read(shards)
+        for shard in shards:
+            if shard.path in self._rewritten_here:
+                continue
             rows = self._table.read(shard, ["id", "attempts"])
             # A failure that was only moved to another file has as many attempts as before, and replaces nothing.
             self._written_elsewhere.update(zip(rows["id"].to_pylist(), rows["attempts"].to_pylist(), strict=True))
             if self._hashes is not None and shard.outcome == "ok":
                 self._hashes.add(keys.from_column(self._table.read(shard, ["sha256"])["sha256"]))
+            if self._phashes is not None and shard.outcome == "ok":
+                self._phashes.add(_numbers(self._table.read(shard, ["phash"])["phash"]))
 
     def done_elsewhere(self, ids: keys.Keys, attempts: Sequence[int]) -> keys.Mask:
         """Returns which links another refresh has tried as often as this one, so that its rows stand."""
         if not self._written_elsewhere:
             return np.zeros(len(ids), bool)
-        joined = ids.tobytes()
-        each = (joined[at : at + keys.KEY_BYTES] for at in range(0, len(joined), keys.KEY_BYTES))
-        pairs = zip(each, attempts, strict=True)
+        pairs = zip(keys.to_list(ids), attempts, strict=True)
         return np.array([self._written_elsewhere.get(key, -1) >= tried for key, tried in pairs], bool)
 
     def hashes(self) -> keys.KeySet:
         """Returns the hashes of all pictures of the table."""
         if self._hashes is None:
             self._hashes = keys.KeySet()
-            for column in self._columns([s for s in self._table.shards("ok") if s.path in self.paths], ["sha256"]):
-                self._hashes.add(keys.from_column(column["sha256"]))
+            for _, rows in self.each_shard(["sha256"], "ok"):
+                self._hashes.add(keys.from_column(rows["sha256"]))
         return self._hashes
 
-    def record(self, paths: Sequence[str], hashes: keys.Keys) -> None:
-        """Notes files that this refresh has committed, and the hashes of their pictures."""
-        self._written_here.update(paths)
+    def phashes(self) -> "HashIndex":
+        """Returns the perceptual hashes of all pictures of the table."""
+        if self._phashes is None:
+            from pipelines.data.phash import HashIndex
+
+            self._phashes = HashIndex()
+            for _, rows in self.each_shard(["phash"], "ok"):
+                self._phashes.add(_numbers(rows["phash"]))
+        return self._phashes
+
+    def record(
+        self, shards: Sequence[WrittenShard], hashes: keys.Keys, phashes: npt.NDArray[np.int64], replaced: Sequence[str]
+    ) -> None:
+        """Notes what this process has committed.
+
+        Args:
+            shards: Files of links that were worked on, which this process need not read again.
+            hashes: Of their pictures.
+            phashes: The perceptual hashes of their pictures, where these count.
+            replaced: Files that hold rows of files that they replace.
+        """
+        self._rewritten_here.update(replaced)
+        own = [shard for shard in shards if shard.path not in self._rewritten_here]
+        # Failures are read like those of others: they may be tried again, and then be replaced.
+        self._written_here.update(shard.path for shard in own if shard.outcome != "failed")
+        self._rewritten_here.update(shard.path for shard in own if shard.outcome == "failed")
         if len(hashes):
             self.hashes().add(hashes)
+        if len(phashes):
+            self.phashes().add(phashes)
 
     def _advance(self) -> list[Shard]:
         self._table = SampleTable.open(self.uri)
@@ -112,23 +190,47 @@ class Ledger:
         self.failed = {path: rows for path, rows in self.failed.items() if path in self.paths}
         return added
 
-    def _read(self, shards: list[Shard]) -> None:
-        settled = [shard for shard in shards if shard.outcome != "failed"]
-        found = [keys.from_column(rows["id"]) for rows in self._columns(settled, ["id"])]
-        failed = [shard for shard in shards if shard.outcome == "failed"]
-        columns = ["id", "attempts", "retryable", "fetched_at"]
-        for shard, rows in zip(failed, self._columns(failed, columns), strict=True):
-            ids, attempts = keys.from_column(rows["id"]), rows["attempts"].to_numpy().astype(np.int32)
-            fetched_s = pc.cast(rows["fetched_at"], "int64").to_numpy() / 1e6
-            is_due = np.asarray(rows["retryable"]).astype(bool)
-            is_due &= fetched_s + _FIRST_WAIT_S * _WAIT_GROWTH ** (np.minimum(attempts, 12) - 1) <= self._now_s
-            if self._retry_failed != "due":
-                is_due = np.full(len(ids), self._retry_failed == "all")
-            self.failed[shard.path] = FailedRows(ids, attempts, is_due)
-            found.append(ids)
-        if found:
-            self.ids.add(np.concatenate(found))
+    def _read(self, shards: Sequence[Shard]) -> None:
+        for outcome, columns in _COLUMNS.items():
+            wanted = [shard for shard in shards if shard.outcome == outcome]
+            for first in range(0, len(wanted), _READ_SHARDS):
+                some = wanted[first : first + _READ_SHARDS]
+                parts = [self._entries(*part) for part in zip(some, self._columns(some, columns), strict=True)]
+                ids, links = zip(*parts, strict=True)
+                self._links.add(np.concatenate(ids), np.concatenate(links))
 
-    def _columns(self, shards: Sequence[Shard], columns: list[str]) -> list[Any]:
+    def _entries(self, shard: Shard, rows: pa.Table) -> tuple[keys.Keys, npt.NDArray[Any]]:
+        """Returns the ids of a file, and what is kept of each."""
+        ids = keys.from_column(rows["id"])
+        links = np.zeros(len(ids), _LINK)
+        links["caption"] = keys.text_hashes(rows["caption"])
+        links["shard"] = len(self._shards)
+        self._shards.append(shard)
+        if shard.outcome == "failed":
+            links["state"] = State.FAILED
+            self.failed[shard.path] = self._failed_rows(ids, rows)
+        elif shard.outcome == "filtered":
+            links["state"][_is_in(rows["reason"], _CAPTION_REASONS)] = State.UNFETCHED
+            links["state"][_is_in(rows["reason"], [FORGOTTEN])] = State.FORGOTTEN
+        return ids, links
+
+    def _failed_rows(self, ids: keys.Keys, rows: pa.Table) -> FailedRows:
+        attempts = rows["attempts"].to_numpy().astype(np.int32)
+        fetched_s = pc.cast(rows["fetched_at"], "int64").to_numpy() / 1e6
+        is_due = np.asarray(rows["retryable"]).astype(bool)
+        is_due &= fetched_s + _FIRST_WAIT_S * _WAIT_GROWTH ** (np.minimum(attempts, 12) - 1) <= self._now_s
+        if self._retry_failed != "due":
+            is_due = np.full(len(ids), self._retry_failed == "all")
+        return FailedRows(ids, attempts, is_due)
+
+    def _columns(self, shards: Sequence[Shard], columns: list[str]) -> list[pa.Table]:
         with ThreadPoolExecutor(_NUM_READERS) as pool:
             return list(pool.map(lambda shard: self._table.read(shard, columns), shards))
+
+
+def _is_in(column: pa.ChunkedArray, values: Sequence[str]) -> keys.Mask:
+    return np.asarray(pc.is_in(column, value_set=pa.array(values, pa.string()))).astype(bool)
+
+
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    return np.asarray(column.drop_null().to_numpy(), np.int64)

@@ -2,13 +2,15 @@
 
     list ──plan──▶ chunks of rows to do ──workers: fetch, decode, write──▶ shards ──driver──▶ commits
 
-The table is the checkpoint. Killed at any point, the next refresh does what was not committed.
+With scores the workers hand their rows on to others that score and write them. The table is the checkpoint. Killed at
+any point, the next refresh does what was not committed.
 """
 
 import contextlib
 import dataclasses
 import logging
 import math
+import secrets
 import time
 import warnings
 from collections import Counter
@@ -22,16 +24,21 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from mdm_core.errors import MdmError, WorkError
+from mdm_core.errors import ConfigError, MdmError, WorkError
 from pipelines import cluster, storage
-from pipelines.data.commit import Tally, commit
+from pipelines.data import keys
+from pipelines.data.commit import commit
 from pipelines.data.config import RefreshConfig
+from pipelines.data.filters import CaptionFilter
 from pipelines.data.ledger import Ledger
-from pipelines.data.plan import Plan, iter_chunks, make_plan
+from pipelines.data.plan import Plan, iter_captions, iter_chunks, make_plan
+from pipelines.data.review import Review
+from pipelines.data.rewrite import prune, recaption
 from pipelines.data.shards import WrittenShard, pack, shards_from_table, unpack
 from pipelines.data.sweep import sweep
 from pipelines.data.table import OUTCOMES
-from pipelines.data.worker import FetchWorker
+from pipelines.data.transaction import Tally
+from pipelines.data.worker import FetchWorker, ScoreWorker
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -54,6 +61,11 @@ class RefreshReport:
     malformed: int
     unchanged: int
     reasons: dict[str, int]
+    recaptioned: int
+    """Links of the list whose rows got another caption without a fetch; they count by their outcome above."""
+    pruned: int
+    """Rows taken out because their links are no longer in the list."""
+    seconds: float
     table_version: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,25 +80,53 @@ def refresh(config: RefreshConfig) -> RefreshReport:
         ConfigError: The list or the table can't be read, or the cluster is too small.
         WorkError: The table can't be written, or rows went missing.
     """
-    ledger = Ledger(config.table.uri, now_s=time.time(), retry_failed=config.run.retry_failed)
-    source = config.source.model_copy(update={"uri": storage.absolute(config.source.uri)})
+    started_s = time.time()
+    source = config.source.model_copy(
+        update={
+            "uri": storage.absolute(config.source.uri),
+            "name": config.source.name or PurePosixPath(config.source.uri).name,
+        }
+    )
+    config = config.model_copy(update={"source": source})
+    ledger = Ledger(config.table.uri, now_s=started_s, retry_failed=config.run.retry_failed)
     plan = make_plan(source, ledger, config.run.limit)
+    if config.run.prune and not len(plan.ids):
+        raise ConfigError(
+            f"{source.uri} has no link, and run.prune would empty the table of {source.name}; leave it out"
+        )
+    _tell_of_faults(plan)
+    with Review.open(config) as review:
+        ledger.ensure_table(config.score.columns)
+        note = {"operation": "refresh", "run": secrets.token_hex(8), "started_s": started_s, "source": source.name}
+        tally = _recaption(config, plan, ledger, note)
+        if plan.num_todo:
+            tally.update(_run(config, plan, ledger, note, review))
+        num_pruned = prune(ledger, source.name, plan.ids, note) if config.run.prune else 0
+        report = _report(plan, tally, ledger, num_pruned, time.time() - started_s)
+        review.tell(report.as_dict(), ledger)
+    return report
+
+
+def _tell_of_faults(plan: Plan) -> None:
     for row in plan.faults:
-        logger.warning("%s line %d is malformed: %s", source.uri, row.line, row.fault)
+        logger.warning("%s line %d is malformed: %s", plan.source.uri, row.line, row.fault)
     if (more := plan.malformed.total() - len(plan.faults)) > 0:
-        logger.warning("%s has %d more malformed lines", source.uri, more)
-    ledger.create_table()
-    tally = _run(config, plan, ledger) if plan.num_todo else Tally()
-    return _report(plan, tally, ledger)
+        logger.warning("%s has %d more malformed lines", plan.source.uri, more)
 
 
-def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
+def _recaption(config: RefreshConfig, plan: Plan, ledger: Ledger, note: dict[str, object]) -> Tally:
+    tally = Tally()
+    if plan.num_recaption:
+        judge = CaptionFilter(config.filters)
+        for captions in iter_captions(plan):
+            tally.update(recaption(ledger, captions, judge, note))
+    return tally
+
+
+def _run(config: RefreshConfig, plan: Plan, ledger: Ledger, note: dict[str, object], review: Review) -> Tally:
     cluster.connect()
-    num_cpus = int(ray.cluster_resources().get("CPU", 1))
-    num_chunks = math.ceil(plan.num_todo / config.run.shard_rows)
-    num_workers = num_cpus if config.run.workers == "auto" else config.run.workers
-    num_workers = min(num_workers, num_chunks)
-    cluster.connect(min_cpus=math.ceil(num_workers * _WORKER_CPUS + _READER_CPUS))
+    num_workers, num_scorers = _pool_sizes(config, math.ceil(plan.num_todo / config.run.shard_rows))
+    cluster.connect(min_cpus=math.ceil((num_workers + num_scorers) * _WORKER_CPUS + _READER_CPUS))
     sweep(ledger.uri, now_s=time.time())
     tally = Tally()
     waiting: list[WrittenShard] = []
@@ -94,14 +134,15 @@ def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
     def commit_waiting() -> None:
         if not waiting:
             return
-        tally.update(commit(ledger, waiting, exact_duplicates=config.filters.exact_duplicates))
+        tally.update(commit(ledger, waiting, config.filters, note))
         waiting.clear()
 
     seen = Counter(dict.fromkeys(OUTCOMES, 0))
     with Progress("refresh", total=plan.num_todo, unit="links") as progress, _streaming_context():
         committed_s = time.monotonic()
-        for shards in _written(_dataset(config, plan, ledger, num_workers)):
+        for shards in _written(_dataset(config, plan, ledger, num_workers, num_scorers)):
             waiting.extend(shards)
+            review.note(shards)
             if time.monotonic() - committed_s >= config.run.commit_every_s:
                 commit_waiting()
                 committed_s = time.monotonic()
@@ -110,6 +151,17 @@ def _run(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Tally:
             progress.advance(sum(shard.num_rows for shard in shards), **seen)
     commit_waiting()
     return tally
+
+
+def _pool_sizes(config: RefreshConfig, num_chunks: int) -> tuple[int, int]:
+    """Returns how many processes fetch, and how many score."""
+    resources = ray.cluster_resources()
+    num_cpus = int(resources.get("CPU", 1))
+    num_scorers = 0
+    if config.score.columns:
+        num_scorers = max(1, int(resources.get("GPU", 0)) or num_cpus // 2)
+    wanted = max(1, num_cpus - num_scorers) if config.run.workers == "auto" else config.run.workers
+    return min(wanted, num_chunks), min(num_scorers, num_chunks)
 
 
 @contextlib.contextmanager
@@ -123,17 +175,19 @@ def _streaming_context() -> Iterator[None]:
         yield
 
 
-def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int) -> ray.data.Dataset:
+def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int, num_scorers: int) -> ray.data.Dataset:
+    # The ids of a long list are of no use to the process that reads it again.
+    small_plan = dataclasses.replace(plan, ids=keys.empty())
     chunks = ray.data.read_datasource(
-        _ListSource(plan, config.run.shard_rows), override_num_blocks=1, num_cpus=_READER_CPUS
+        _ListSource(small_plan, config.run.shard_rows), override_num_blocks=1, num_cpus=_READER_CPUS
     )
-    return chunks.map_batches(
+    fetched = chunks.map_batches(
         FetchWorker,
         fn_constructor_kwargs={
             "config": config,
             "table_uri": ledger.uri,
-            "source_name": config.source.name or PurePosixPath(config.source.uri).name,
             "stem_prefix": f"{ledger.version + 1:08d}",
+            "writes": num_scorers == 0,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -141,6 +195,17 @@ def _dataset(config: RefreshConfig, plan: Plan, ledger: Ledger, num_workers: int
         compute=ray.data.ActorPoolStrategy(
             size=num_workers, max_concurrent_calls_per_actor=_CHUNKS_PER_WORKER, enable_true_multi_threading=True
         ),
+    )
+    if not num_scorers:
+        return fetched
+    return fetched.map_batches(
+        ScoreWorker,
+        fn_constructor_kwargs={"score": config.score, "table_uri": ledger.uri},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=_WORKER_CPUS,
+        num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
+        compute=ray.data.ActorPoolStrategy(size=num_scorers),
     )
 
 
@@ -178,7 +243,7 @@ class _ListSource(Datasource):
         return [ReadTask(read, metadata)]
 
 
-def _report(plan: Plan, tally: Tally, ledger: Ledger) -> RefreshReport:
+def _report(plan: Plan, tally: Tally, ledger: Ledger, num_pruned: int, seconds: float) -> RefreshReport:
     malformed = plan.malformed.total()
     accounted = tally.total + plan.duplicate + plan.unchanged + malformed
     if accounted != plan.links:
@@ -196,5 +261,8 @@ def _report(plan: Plan, tally: Tally, ledger: Ledger) -> RefreshReport:
         malformed=malformed,
         unchanged=plan.unchanged + tally.outcomes["unchanged"],
         reasons=dict((tally.reasons + plan.malformed).most_common()),
+        recaptioned=plan.num_recaption,
+        pruned=num_pruned,
+        seconds=round(seconds, 3),
         table_version=ledger.version,
     )

@@ -13,12 +13,14 @@ from pipelines.data.video import Clip
 
 _SIZES = ("format", "width", "height", "original_width", "original_height", "phash")
 _CLIP = ("frames", "fps", "start_s", "duration_s")
+THUMBNAIL = "thumbnail"
+"""A column that is no part of the table: small pictures of rows that are not kept."""
 
 
 def rows_of(
     chunk: pa.Table, results: Sequence[Result], *, source_name: str, languages: Sequence[str | None]
 ) -> pa.Table:
-    """Returns a row for each link of a chunk, in its order; scores are null.
+    """Returns a row for each link of a chunk, in its order, and `THUMBNAIL`; scores are null.
 
     Args:
         chunk: Columns id, url, caption and attempts.
@@ -48,7 +50,8 @@ def rows_of(
         columns[name] = [picture and getattr(picture, name) for picture in pictures]
     for name in _CLIP:
         columns[name] = [getattr(picture, name) if isinstance(picture, Clip) else None for picture in pictures]
-    return pa.table({field.name: columns[field.name] for field in SCHEMA}, schema=SCHEMA)
+    rows = pa.table({field.name: columns[field.name] for field in SCHEMA}, schema=SCHEMA)
+    return rows.append_column(THUMBNAIL, pa.array([result.thumbnail for result in results], pa.binary()))
 
 
 def picture_to_score(row: dict[str, Any]) -> bytes | None:

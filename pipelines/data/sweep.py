@@ -21,15 +21,15 @@ def sweep(uri: str, *, now_s: float, min_age_s: float = _MIN_AGE_S) -> int:
             # The name begins with a version and a chunk; the log is read only if something is old enough.
             if now_s - storage.modified_s(file) <= min_age_s:
                 continue
-            used = _used_paths(uri) if used is None else used
+            used = committed_paths(uri) if used is None else used
             if f"outcome={outcome}/{file.rpartition('/')[2]}" not in used:
                 storage.delete(file)
                 num_deleted += 1
     return num_deleted
 
 
-def _used_paths(uri: str) -> set[str]:
-    """Returns the files of every version that can still be opened.
+def committed_paths(uri: str) -> set[str]:
+    """Returns the files, uncommitted ones left out, of every version that can still be opened.
 
     The latest version holds what was never removed, and the log every addition and removal since it was last cut.
     """

@@ -2,14 +2,14 @@
 
 import contextlib
 import io
-from collections import Counter
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
+from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 
 from mdm_core.errors import ConfigError, WorkError
@@ -45,11 +45,22 @@ SCHEMA = pa.schema(
     ]
 )
 
+SCORE = "score_"
+"""Begins the names of further columns of numbers, which a table gets when they are asked for."""
+FORGOTTEN = "forgotten"
+"""Reason of a row that stands for a link that must never be fetched again, and has nothing but its id."""
+NOTE = "mdm"
+"""Where a version's entry in the log has what made it, as JSON."""
+
 # Null in rows without a picture; the sizes and the hash of what was fetched stay.
 IMAGE_COLUMNS = (
     *("image", "format", "width", "height", "phash", "clip_similarity"),
     *("frames", "fps", "start_s", "duration_s"),
 )
+
+
+# Those that every table has had; later ones are added to a table that lacks them.
+_FIRST_COLUMNS = SCHEMA.names[: SCHEMA.names.index("language")]
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,9 @@ class SampleTable:
 
     SCHEMA = SCHEMA
 
-    def __init__(self, delta: DeltaTable, uri: str) -> None:
+    def __init__(self, delta: DeltaTable, uri: str, schema: pa.Schema) -> None:
         self.uri = uri
+        self.schema = schema
         self._delta = delta
 
     @classmethod
@@ -87,12 +99,12 @@ class SampleTable:
         except (DeltaError, OSError, ValueError) as error:
             raise _cannot_open(uri, version, options, error) from error
         found = pa.schema(delta.schema().to_arrow())
-        missing = [name for name in SCHEMA.names if name not in found.names]
+        missing = [name for name in _FIRST_COLUMNS if name not in found.names]
         if missing:
             raise ConfigError(
                 f"{uri} is not a sample table: it lacks the columns {', '.join(missing)}; use another URI"
             )
-        return cls(delta, uri)
+        return cls(delta, uri, schema_with(name for name in found.names if name.startswith(SCORE)))
 
     @property
     def version(self) -> int:
@@ -117,33 +129,53 @@ class SampleTable:
         Raises:
             ConfigError: There is no such column.
         """
-        names = list(SCHEMA.names if columns is None else columns)
-        unknown = [name for name in names if name not in SCHEMA.names]
+        names = list(self.schema.names if columns is None else columns)
+        unknown = [name for name in names if name not in self.schema.names]
         if unknown:
-            raise ConfigError(f"no column {', '.join(unknown)} in a sample table; it has {', '.join(SCHEMA.names)}")
+            raise ConfigError(f"no column {', '.join(unknown)} in {self.uri}; it has {', '.join(self.schema.names)}")
         stored = [name for name in names if name != "outcome"]
-        rows = read_rows(self.uri, shard.path, stored)
+        rows = read_rows(self.uri, shard.path, stored, self.schema)
         if "outcome" in names:
             rows = rows.append_column(SCHEMA.field("outcome"), pa.repeat(pa.scalar(shard.outcome), shard.num_rows))
         return rows.select(names)
 
+    def notes(self, since: int = -1) -> list[dict[str, Any]]:
+        """Returns what made each version after `since`, oldest first: `version`, `timestamp_s` and what was noted."""
+        limit = None if since < 0 else max(1, self.version - since)
+        entries = []
+        for entry in reversed(self._delta.history(limit)):
+            note = json.loads(entry.get(NOTE) or "{}")
+            entries.append({**note, "version": entry["version"], "timestamp_s": entry["timestamp"] / 1000})
+        return [entry for entry in entries if entry["version"] > since]
 
-def create_table(uri: str) -> None:
-    """Makes an empty table at `uri`, if there is none.
+
+def schema_with(scores: Iterable[str]) -> pa.Schema:
+    """Returns the columns of a table that has these columns of scores as well."""
+    return pa.schema([*SCHEMA, *(pa.field(name, pa.float32()) for name in scores if name not in SCHEMA.names)])
+
+
+def ensure_table(uri: str, scores: Iterable[str] = ()) -> None:
+    """Makes a table at `uri` if there is none, and the columns that it lacks.
 
     Raises:
         WorkError: It can't be written there.
     """
+    options = storage.delta_options(uri)
     try:
-        DeltaTable.create(
-            uri,
-            SCHEMA,
-            mode="ignore",
-            partition_by=["outcome"],
-            # A version is what a model was trained on, so the log that leads to it is kept.
-            configuration={"delta.logRetentionDuration": "interval 36500 days"},
-            storage_options=storage.delta_options(uri),
-        )
+        if not DeltaTable.is_deltatable(uri, options):
+            DeltaTable.create(
+                uri,
+                schema_with(scores),
+                mode="ignore",
+                partition_by=["outcome"],
+                # A version is what a model was trained on, so the log that leads to it is kept.
+                configuration={"delta.logRetentionDuration": "interval 36500 days"},
+                storage_options=options,
+            )
+        delta = DeltaTable(uri, storage_options=options)
+        names = pa.schema(delta.schema().to_arrow()).names
+        if lacking := [field for field in schema_with(scores) if field.name not in names]:
+            delta.alter.add_columns(list(Schema.from_arrow(pa.schema(lacking)).fields))
     except (DeltaError, OSError) as error:
         raise WorkError(f"could not make a table at {uri}: {error}") from error
 
@@ -159,31 +191,19 @@ def _cannot_open(uri: str, version: int | None, options: dict[str, str], error: 
     )
 
 
-def table_stats(uri: str) -> dict[str, Any]:
-    """Returns how many rows of the table at `uri` have each outcome and each reason, and how many bytes it takes."""
-    table = SampleTable.open(uri)
-    outcomes = dict.fromkeys(OUTCOMES, 0)
-    reasons: Counter[str] = Counter()
-    size_bytes = 0
-    for shard in table.shards(outcome=None):
-        outcomes[shard.outcome] += shard.num_rows
-        size_bytes += shard.size_bytes
-        if shard.outcome != "ok":
-            reasons.update(table.read(shard, ["reason"])["reason"].to_pylist())
-    return {
-        "uri": table.uri,
-        "table_version": table.version,
-        "rows": sum(outcomes.values()),
-        **outcomes,
-        "reasons": dict(reasons.most_common()),
-        "size_bytes": size_bytes,
-    }
-
-
-def read_rows(table_uri: str, path: str, columns: Sequence[str]) -> pa.Table:
-    """Returns the columns of one file of a table, in the order of the file."""
+def read_rows(table_uri: str, path: str, columns: Sequence[str], schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Returns the columns of one file of a table, in the order of the file; nulls for those that it lacks."""
     with storage.open_input(storage.join(table_uri, path)) as file:
-        return pq.ParquetFile(file).read(columns=list(columns))
+        parquet = pq.ParquetFile(file)
+        there = set(parquet.schema_arrow.names)
+        rows = parquet.read(columns=[name for name in columns if name in there])
+        num_rows = parquet.metadata.num_rows
+    if len(rows.column_names) == len(columns):
+        return rows
+    fields = [schema.field(name) for name in columns]
+    return pa.table(
+        [rows[f.name] if f.name in there else pa.nulls(num_rows, f.type) for f in fields], pa.schema(fields)
+    )
 
 
 def encode_shard(rows: pa.Table) -> bytes:
@@ -195,7 +215,7 @@ def encode_shard(rows: pa.Table) -> bytes:
         row_group_size=100,
         compression="zstd",
         # Statistics of the pictures would copy the largest and the smallest of them.
-        use_dictionary=["source", "reason", "format"],
+        use_dictionary=["source", "reason", "format", "language"],
         write_statistics=["width", "height", "original_width", "original_height", "fetched_at", "clip_similarity"],
     )
     return buffer.getvalue()

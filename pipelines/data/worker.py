@@ -12,16 +12,17 @@ import pyarrow.compute as pc
 import uvloop
 
 from mdm_core.errors import MdmError
-from pipelines.data.config import RefreshConfig
+from pipelines.data.config import RefreshConfig, ScoreConfig
 from pipelines.data.engine import Engine, Link, NativeEngine, Result
 from pipelines.data.fetch import Failure
-from pipelines.data.filters import caption_reason
-from pipelines.data.rows import rows_of
+from pipelines.data.filters import CaptionFilter
+from pipelines.data.rows import THUMBNAIL, picture_to_score, rows_of
 from pipelines.data.shards import WrittenShard, pack, shards_to_table, unpack, write_shard
 from pipelines.data.table import OUTCOMES
 
 _T = TypeVar("_T")
 _STEM = b"mdm.stem"
+_LINK_COLUMNS = ["url", "caption", "origin"]
 
 
 class FetchWorker:
@@ -30,7 +31,6 @@ class FetchWorker:
     Args:
         config: The refresh.
         table_uri: Where the shards go.
-        source_name: Stored with every row.
         stem_prefix: Begins the name of every file; later refreshes have later ones.
         writes: Whether it writes the shards; else it hands the rows on, for `ScoreWorker`.
         num_threads: Pictures decoded at once.
@@ -41,16 +41,16 @@ class FetchWorker:
         *,
         config: RefreshConfig,
         table_uri: str,
-        source_name: str,
         stem_prefix: str,
         writes: bool = True,
         num_threads: int = 1,
     ) -> None:
         self._config = config
         self._table_uri = table_uri
-        self._source_name = source_name
         self._stem_prefix = stem_prefix
         self._writes = writes
+        self._captions = CaptionFilter(config.filters)
+        self._exclusions = _read_exclusions(config.filters.exclude_hashes)
         # Pillow warns of odd metadata that does not touch the pixels.
         warnings.filterwarnings("ignore", module="PIL")
         self._engine = make_engine(config, num_threads)
@@ -88,27 +88,94 @@ class FetchWorker:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _rows(self, chunk: pa.Table) -> pa.Table:
-        links = [Link(row["url"], row["caption"]) for row in chunk.select(["url", "caption"]).to_pylist()]
-        results: list[Result | None] = [self._before_fetching(link.caption) for link in links]
-        wanted = [at for at, result in enumerate(results) if result is None]
-        fetched = self._await(self._engine.results([links[at] for at in wanted]))
-        for at, result in zip(wanted, fetched, strict=True):
-            results[at] = result
-        known = [result for result in results if result is not None]
-        return rows_of(chunk, known, source_name=self._source_name, languages=[None] * len(known))
+        links = [Link(row["url"], row["caption"], row["origin"]) for row in chunk.select(_LINK_COLUMNS).to_pylist()]
+        verdicts = [self._captions.check(link.caption) for link in links]
+        wanted = [link for link, (reason, _) in zip(links, verdicts, strict=True) if reason is None]
+        fetched = iter(self._await(self._engine.results(wanted)))
+        results = [
+            self._unless_excluded(next(fetched))
+            if reason is None
+            else Result(failure=Failure(reason, outcome="filtered"))
+            for reason, _ in verdicts
+        ]
+        return rows_of(
+            chunk, results, source_name=self._config.source.name, languages=[language for _, language in verdicts]
+        )
 
-    def _before_fetching(self, caption: str) -> Result | None:
-        if reason := caption_reason(caption, self._config.filters):
-            return Result(failure=Failure(reason, outcome="filtered"))
+    def _unless_excluded(self, result: Result) -> Result:
+        if self._exclusions is None or result.picture is None or result.sha256 is None:
+            return result
+        reason = self._exclusions.reason(result.sha256, result.picture.phash)
+        if reason is None:
+            return result
+        return Result(failure=Failure(reason, outcome="filtered"), sha256=result.sha256)
+
+
+def _read_exclusions(uri: str | None) -> Any:
+    if uri is None:
         return None
+    from pipelines.data.exclusions import read_exclusions
+
+    return read_exclusions(uri)
+
+
+class ScoreWorker:
+    """Scores the rows that a `FetchWorker` hands on, and writes them.
+
+    Args:
+        score: Which scores.
+        table_uri: Where the shards go.
+    """
+
+    def __init__(self, *, score: ScoreConfig, table_uri: str) -> None:
+        self._table_uri = table_uri
+        self._error = ""
+        from pipelines.data.score import Scorer
+
+        try:
+            self._scorer = Scorer(score)
+        except MdmError as error:
+            # As in `FetchWorker`; and Ray would make the actor again and again.
+            self._error = str(error)
+
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        """Returns what `shards_to_table` tells of the files written; what comes and what goes is packed."""
+        if self._error:
+            return pack(None, self._error)
+        try:
+            rows = unpack(packed)
+            stem = rows.schema.metadata[_STEM].decode()
+            pictures = [picture_to_score(row) for row in rows.select(["image", "frames"]).to_pylist()]
+            for name, values in self._scorer(pictures, rows["caption"].to_pylist()).items():
+                scores = pa.array(values, pa.float32())
+                if name in rows.column_names:
+                    rows = rows.set_column(rows.column_names.index(name), name, scores)
+                else:
+                    rows = rows.append_column(name, scores)
+            return pack(shards_to_table(write_rows(self._table_uri, stem, rows)))
+        except MdmError as error:
+            return pack(None, str(error))
 
 
 def make_engine(config: RefreshConfig, num_threads: int) -> Engine:
     """Returns what fetches and decodes as configured."""
+    if config.source.format == "img2dataset":
+        from pipelines.data.img2dataset_import import Img2datasetImport
+
+        return Img2datasetImport(config)
+    if config.fetch.engine == "img2dataset":
+        from pipelines.data.img2dataset_engine import Img2datasetEngine
+
+        return Img2datasetEngine(config)
     return NativeEngine(config, num_threads=num_threads)
 
 
 def write_rows(table_uri: str, stem: str, rows: pa.Table) -> list[WrittenShard]:
-    """Writes rows as shards, one for each outcome that there is."""
-    parts = {outcome: rows.filter(pc.equal(rows["outcome"], outcome)) for outcome in OUTCOMES}
-    return [write_shard(table_uri, stem, outcome, part) for outcome, part in parts.items() if part.num_rows]
+    """Writes rows as shards, one for each outcome that there is; thumbnails go to the driver, not into the files."""
+    shards = []
+    for outcome in OUTCOMES:
+        part = rows.filter(pc.equal(rows["outcome"], outcome))
+        if part.num_rows:
+            thumbnails = part[THUMBNAIL].drop_null().to_pylist()
+            shards.append(write_shard(table_uri, stem, outcome, part.drop_columns([THUMBNAIL]), thumbnails))
+    return shards

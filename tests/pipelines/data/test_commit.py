@@ -12,11 +12,14 @@ from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
 from pipelines.data import keys
 from pipelines.data.commit import commit
+from pipelines.data.config import FiltersConfig
 from pipelines.data.ledger import Ledger
 from pipelines.data.shards import WrittenShard, shards_from_table, shards_to_table, write_shard
+from pipelines.data.stats import table_stats
 from pipelines.data.sweep import sweep
-from pipelines.data.table import SCHEMA, SampleTable, table_stats
+from pipelines.data.table import SCHEMA, SampleTable
 
+ONCE = FiltersConfig()
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -66,7 +69,7 @@ def uri(tmp_path: Path) -> str:
 
 def test_rows_come_back_in_order(uri: str) -> None:
     shards = [write(uri, 1, ["c", "d"]), write(uri, 0, ["b", "a"]), write(uri, 0, ["x"], "failed")]
-    tally = commit(ledger(uri), shards, exact_duplicates=True)
+    tally = commit(ledger(uri), shards, ONCE)
     assert (dict(tally.outcomes), dict(tally.reasons)) == ({"ok": 4, "failed": 1}, {"http_503": 1})
     table = SampleTable.open(uri)
     assert [shard.num_rows for shard in table.shards()] == [2, 2]
@@ -89,9 +92,9 @@ def test_what_workers_tell_survives_the_way(uri: str) -> None:
 
 def test_version_is_a_dataset(uri: str) -> None:
     first = ledger(uri)
-    commit(first, [write(uri, 0, ["a"])], exact_duplicates=True)
+    commit(first, [write(uri, 0, ["a"])], ONCE)
     version = SampleTable.open(uri).version
-    commit(first, [write(uri, 1, ["b"])], exact_duplicates=True)
+    commit(first, [write(uri, 1, ["b"])], ONCE)
     assert links(uri) == ["a", "b"]
     assert [shard.num_rows for shard in SampleTable.open(uri, version).shards()] == [1]
     with pytest.raises(ConfigError, match=rf"no version 99; the latest is {version + 1}"):
@@ -100,42 +103,42 @@ def test_version_is_a_dataset(uri: str) -> None:
 
 def test_equal_pictures_are_kept_once_and_the_first_wins(uri: str) -> None:
     one = ledger(uri)
-    commit(one, [write(uri, 0, ["a", "b", "a2"], contents=["A", "B", "A"])], exact_duplicates=True)
+    commit(one, [write(uri, 0, ["a", "b", "a2"], contents=["A", "B", "A"])], ONCE)
     shards = [write(uri, 1, ["b2", "c"], contents=["B", "C"]), write(uri, 2, ["c2", "d"], contents=["C", "D"])]
-    tally = commit(one, shards, exact_duplicates=True)
+    tally = commit(one, shards, ONCE)
     assert dict(tally.outcomes) == {"ok": 2, "filtered": 2}
     assert dict(tally.reasons) == {"exact_duplicate": 2}
     # And against a table that another process reads.
-    assert dict(commit(ledger(uri), [write(uri, 3, ["d2"], contents=["D"])], exact_duplicates=True).outcomes) == {
-        "filtered": 1
-    }
+    assert dict(commit(ledger(uri), [write(uri, 3, ["d2"], contents=["D"])], ONCE).outcomes) == {"filtered": 1}
     assert links(uri, "ok") == ["a", "b", "c", "d"]
     assert links(uri, "filtered") == ["a2", "b2", "c2", "d2"]
     table = SampleTable.open(uri)
     repeated = table.read(table.shards("filtered")[0], ["image", "reason", "sha256"]).to_pylist()
     assert repeated == [{"image": None, "reason": "exact_duplicate", "sha256": hashlib.sha256(b"A").digest()}]
-    assert dict(commit(one, [write(uri, 4, ["e"], contents=["A"])], exact_duplicates=False).outcomes) == {"ok": 1}
+    assert dict(
+        commit(one, [write(uri, 4, ["e"], contents=["A"])], FiltersConfig(exact_duplicates=False)).outcomes
+    ) == {"ok": 1}
 
 
 def test_retried_link_has_one_row(uri: str) -> None:
-    commit(ledger(uri), [write(uri, 0, ["a", "b", "c"], "failed")], exact_duplicates=True)
+    commit(ledger(uri), [write(uri, 0, ["a", "b", "c"], "failed")], ONCE)
     later = ledger(uri, timedelta(hours=1))
     ids, attempts = later.to_retry()
     assert (len(ids), attempts.tolist()) == (3, [1, 1, 1])
     shards = [write(uri, 1, ["b"], attempts=2), write(uri, 1, ["c"], "failed", attempts=2)]
-    assert dict(commit(later, shards, exact_duplicates=True).outcomes) == {"ok": 1, "failed": 1}
+    assert dict(commit(later, shards, ONCE).outcomes) == {"ok": 1, "failed": 1}
     assert (links(uri, "ok"), links(uri, "failed")) == (["b"], ["a", "c"])
     # A whole file of failures goes, in the same process and the next.
     shards = [write(uri, 2, ["a"], attempts=2), write(uri, 2, ["c"], "failed", attempts=3)]
-    commit(later, shards, exact_duplicates=True)
+    commit(later, shards, ONCE)
     assert (links(uri, "ok"), links(uri, "failed")) == (["a", "b"], ["c"])
-    commit(ledger(uri), [write(uri, 3, ["c"], attempts=4)], exact_duplicates=True)
+    commit(ledger(uri), [write(uri, 3, ["c"], attempts=4)], ONCE)
     assert (links(uri, "ok"), links(uri, "failed")) == (["a", "b", "c"], [])
 
 
 @pytest.mark.parametrize(("attempts", "wait_hours"), [(1, 1), (2, 4), (3, 16), (4, 64)])
 def test_failure_is_due_after_a_wait_that_grows(uri: str, attempts: int, wait_hours: int) -> None:
-    commit(ledger(uri), [write(uri, 0, ["a"], "failed", attempts=attempts)], exact_duplicates=True)
+    commit(ledger(uri), [write(uri, 0, ["a"], "failed", attempts=attempts)], ONCE)
     wait = timedelta(hours=wait_hours)
     assert len(ledger(uri, wait - timedelta(seconds=1)).to_retry()[0]) == 0
     assert ledger(uri, wait).to_retry()[0].tobytes() == keys.link_key("a")
@@ -144,7 +147,7 @@ def test_failure_is_due_after_a_wait_that_grows(uri: str, attempts: int, wait_ho
 
 
 def test_failure_that_will_not_pass_is_not_due(uri: str) -> None:
-    commit(ledger(uri), [write(uri, 0, ["a"], "failed", retryable=False)], exact_duplicates=True)
+    commit(ledger(uri), [write(uri, 0, ["a"], "failed", retryable=False)], ONCE)
     assert len(ledger(uri, timedelta(days=999)).to_retry()[0]) == 0
     assert len(ledger(uri, retry_failed="all").to_retry()[0]) == 1
 
@@ -152,27 +155,25 @@ def test_failure_that_will_not_pass_is_not_due(uri: str) -> None:
 def test_two_refreshes_of_the_same_links_leave_one_row_each(uri: str) -> None:
     one, two = ledger(uri), ledger(uri)
     shards = [write(uri, 0, ["a", "b"]), write(uri, 0, ["b", "c"])]
-    assert dict(commit(one, shards[:1], exact_duplicates=True).outcomes) == {"ok": 2}
-    tally = commit(two, shards[1:], exact_duplicates=True)
+    assert dict(commit(one, shards[:1], ONCE).outcomes) == {"ok": 2}
+    tally = commit(two, shards[1:], ONCE)
     assert dict(tally.outcomes) == {"unchanged": 1, "ok": 1}
     assert links(uri) == ["a", "b", "c"]
 
 
 def test_two_refreshes_that_retry_the_same_link_leave_one_row(uri: str) -> None:
-    commit(ledger(uri), [write(uri, 0, ["a", "b", "c"], "failed")], exact_duplicates=True)
+    commit(ledger(uri), [write(uri, 0, ["a", "b", "c"], "failed")], ONCE)
     one, two, three = (ledger(uri, timedelta(hours=1)) for _ in range(3))
-    commit(one, [write(uri, 1, ["a"], attempts=2)], exact_duplicates=True)
+    commit(one, [write(uri, 1, ["a"], attempts=2)], ONCE)
     # The file that held all three was replaced meanwhile: b and c are elsewhere, and as old as before.
-    tally = commit(two, [write(uri, 1, ["a", "b"], attempts=2)], exact_duplicates=True)
+    tally = commit(two, [write(uri, 1, ["a", "b"], attempts=2)], ONCE)
     assert dict(tally.outcomes) == {"unchanged": 1, "ok": 1}
-    assert dict(commit(three, [write(uri, 1, ["b"], "failed", attempts=2)], exact_duplicates=True).outcomes) == {
-        "unchanged": 1
-    }
+    assert dict(commit(three, [write(uri, 1, ["b"], "failed", attempts=2)], ONCE).outcomes) == {"unchanged": 1}
     assert (links(uri, "ok"), links(uri, "failed")) == (["a", "b"], ["c"])
 
 
 def test_many_writers_at_once_lose_nothing(uri: str) -> None:
-    ledger(uri).create_table()
+    ledger(uri).ensure_table()
     tallies: list[int] = []
 
     def work(writer: int) -> None:
@@ -181,7 +182,7 @@ def test_many_writers_at_once_lose_nothing(uri: str) -> None:
             # Each round's link "shared" is everybody's; the pictures of "same" links are equal.
             names = [f"{writer}-{round_}", f"shared-{round_}", f"same-{writer}-{round_}"]
             contents = [names[0], names[1], "same"]
-            tally = commit(own, [write(uri, round_, names, contents=contents)], exact_duplicates=True)
+            tally = commit(own, [write(uri, round_, names, contents=contents)], ONCE)
             tallies.append(tally.total)
 
     threads = [threading.Thread(target=work, args=(writer,)) for writer in range(4)]
@@ -198,8 +199,8 @@ def test_many_writers_at_once_lose_nothing(uri: str) -> None:
 
 def test_files_that_no_version_needs_are_swept(uri: str, tmp_path: Path) -> None:
     one = ledger(uri)
-    commit(one, [write(uri, 0, ["a"], "failed"), write(uri, 1, ["b"])], exact_duplicates=True)
-    commit(one, [write(uri, 2, ["a"], attempts=2)], exact_duplicates=True)
+    commit(one, [write(uri, 0, ["a"], "failed"), write(uri, 1, ["b"])], ONCE)
+    commit(one, [write(uri, 2, ["a"], attempts=2)], ONCE)
     left = write(uri, 3, ["c"])
     half = tmp_path / "table" / "outcome=ok" / ".x.parquet.0a1b2c3d.partial"
     half.write_bytes(b"half")
@@ -216,7 +217,7 @@ def test_files_that_no_version_needs_are_swept(uri: str, tmp_path: Path) -> None
 
 def test_stats(uri: str) -> None:
     shards = [write(uri, 0, ["a", "b"]), write(uri, 0, ["c"], "failed"), write(uri, 0, ["d"], "filtered")]
-    commit(ledger(uri), shards, exact_duplicates=True)
+    commit(ledger(uri), shards, ONCE)
     stats = table_stats(uri)
     assert stats["size_bytes"] == sum(shard.size_bytes for shard in shards)
     assert [stats[name] for name in ("rows", "ok", "failed", "filtered", "table_version")] == [4, 2, 1, 1, 1]
@@ -241,4 +242,4 @@ def test_what_is_no_sample_table_is_refused(tmp_path: Path) -> None:
 def test_table_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WorkError, match="could not make a table"):
-        ledger(str(tmp_path / "file" / "table")).create_table()
+        ledger(str(tmp_path / "file" / "table")).ensure_table()
