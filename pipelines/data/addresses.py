@@ -1,6 +1,7 @@
 """Which addresses may be connected to. Links come from strangers, and must not reach into a private network."""
 
 import asyncio
+import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable
@@ -9,11 +10,18 @@ from typing import TypeAlias
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from mdm_core.errors import WorkError
+
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Lookup: TypeAlias = Callable[[str], Iterable[str]]
 
 # IPv6 networks through which the IPv4 address in the last 32 bits is reached: NAT64, and one long deprecated.
 _LAST_32_BITS = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+# All of IPv6 that is handed out for use on the internet. What lies outside may be taken for public by the standard
+# library: 64:ff9b:1::/48 and ::ffff:0:0:0/96, for two, lead to IPv4 addresses of any kind.
+_GIVEN_OUT = ipaddress.IPv6Network("2000::/3")
+# Reserved for protocols; some of it is public to the standard library.
+_RESERVED = ipaddress.IPv4Network("192.0.0.0/24")
 
 
 class PrivateAddressError(OSError):
@@ -40,8 +48,7 @@ class AddressGuard:
         if self._is_allowed(ip):
             return
         for target in _targets(ip):
-            public = target.is_global and not target.is_multicast and not getattr(target, "is_site_local", False)
-            if not public and not self._is_allowed(target):
+            if not _is_public(target) and not self._is_allowed(target):
                 raise PrivateAddressError(f"{address} is not a public address")
 
     def open_socket(self, info: tuple[int, int, int, str, tuple[str | int, ...]]) -> socket.socket:
@@ -49,10 +56,23 @@ class AddressGuard:
 
         Whatever form the address had in the link, and whatever a name's answer was before, this is what the kernel
         is asked to connect to.
+
+        Raises:
+            PrivateAddressError: It may not be connected to.
+            WorkError: The process has as many open files as it may.
         """
         family, kind, protocol, _, address = info
         self.check(str(address[0]))
-        return socket.socket(family, kind, protocol)
+        try:
+            return socket.socket(family, kind, protocol)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # No fault of the link, and every other one would meet it too.
+                raise WorkError(
+                    f"no more connections can be opened ({error.strerror}); raise the limit of open files (ulimit -n),"
+                    " or lower fetch.concurrency or run.workers"
+                ) from None
+            raise
 
     def _is_allowed(self, ip: _Address) -> bool:
         return any(ip.version == network.version and ip in network for network in self._networks)
@@ -97,8 +117,15 @@ class GuardedResolver(AbstractResolver):
 
 def system_lookup(host: str) -> list[str]:
     """Returns the addresses that the system's resolver gives for `host`, in its order."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    # As bytes, for it is ASCII by now, and a name that Python would encode again it may also refuse.
+    found = socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _is_public(ip: _Address) -> bool:
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip.is_global and not ip.is_multicast and ip not in _RESERVED
+    return ip.is_global and ip in _GIVEN_OUT
 
 
 def _targets(ip: _Address) -> tuple[_Address, ...]:

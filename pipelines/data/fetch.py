@@ -2,40 +2,34 @@
 
 import asyncio
 import contextlib
-import email.utils
 import random
-import socket
-import ssl
-import time
-import zlib
-from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Literal, Self
-from urllib.parse import urljoin
+from typing import Self
 
 import aiohttp
 from yarl import URL
 
-from pipelines.data.addresses import AddressGuard, GuardedResolver, Lookup, PrivateAddressError
+from mdm_core.errors import ConfigError
+from pipelines.data.addresses import AddressGuard, Lookup, PrivateAddressError
+from pipelines.data.budget import BYTES_IN_FLIGHT, ByteBudget, Lease
 from pipelines.data.config import FetchConfig
+from pipelines.data.connections import open_session
+from pipelines.data.content_encoding import UnknownEncodingError, Unpacker
+from pipelines.data.failure import Failure
+from pipelines.data.headers import opted_out, retry_after_s
+from pipelines.data.hosts import Hosts, Turn
+from pipelines.data.links import follow_link, host_of, parse_link
+
+__all__ = ["Failure", "Fetcher"]
 
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524}
+_ASK_TO_WAIT = {429, 503}
 _REDIRECTS = {301, 302, 303, 307, 308}
-_OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _BACKOFF_S = 0.5
-_UNPACK_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a link has no picture."""
-
-    reason: str
-    retryable: bool = False
-    outcome: Literal["failed", "filtered"] = "failed"
-    retry_after_s: float = 0.0
+# The rest of an answer that holds no picture is read if it is short and quick: another connection costs more.
+_REST_BYTES = 1 << 16
+_REST_S = 1.0
 
 
 class Fetcher:
@@ -44,17 +38,30 @@ class Fetcher:
     Args:
         config: The limits.
         lookup: Returns the addresses of a name; the system's resolver by default.
-        seed: Of the jitter in the waits between tries.
+        seed: Of the jitter in the waits between tries; different in each process by default.
+        bytes_in_flight: Bytes of bodies in memory at once; in truth up to `config.max_bytes` more.
     """
 
-    def __init__(self, config: FetchConfig, *, lookup: Lookup | None = None, seed: int = 0) -> None:
-        self._config = config
-        self._random = random.Random(seed)
+    def __init__(
+        self,
+        config: FetchConfig,
+        *,
+        lookup: Lookup | None = None,
+        seed: int | None = None,
+        bytes_in_flight: int = BYTES_IN_FLIGHT,
+    ) -> None:
+        agent = config.user_agent
+        if not (agent.isascii() and agent.isprintable()):
+            raise ConfigError(f"fetch.user_agent={agent!r} cannot be sent; wanted printable ASCII")
+        self.config = config
+        self.agent_name = agent.partition("/")[0].strip()
+        self.random = random.Random(seed)
+        self.hosts = Hosts(config.per_host)
+        self.slots = asyncio.Semaphore(config.concurrency)
+        self.budget = ByteBudget(max(bytes_in_flight, config.max_bytes))
         self._guard = AddressGuard(config.allow_networks)
         self._lookup = lookup
         self._session: aiohttp.ClientSession | None = None
-        self._slots = asyncio.Semaphore(config.concurrency)
-        self._host_slots: defaultdict[str, asyncio.Semaphore] = defaultdict(self._new_host)
 
     async def __aenter__(self) -> Self:
         return self
@@ -70,35 +77,6 @@ class Fetcher:
         if session is not None:
             await session.close()
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        """Returns the one session, which belongs to the loop that first asks for it."""
-        if self._session is not None:
-            return self._session
-        context = ssl.create_default_context()
-        if not self._config.verify_tls:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        # Both limits are kept here and not by the connector, where waiting for a turn would use up the deadline.
-        connector = aiohttp.TCPConnector(
-            limit=0,
-            ssl=context,
-            resolver=GuardedResolver(self._guard, self._lookup),
-            socket_factory=self._guard.open_socket,
-            ttl_dns_cache=60,
-        )
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s),
-            headers={
-                "User-Agent": self._config.user_agent,
-                "Accept": "image/*,*/*;q=0.5",
-                "Accept-Encoding": "identity",
-            },
-        )
-        return self._session
-
     @contextlib.asynccontextmanager
     async def fetched(self, url: str) -> AsyncIterator[bytes | Failure]:
         """Gives the body that `url` leads to, or why there is none; the deadline runs from its turn on.
@@ -107,49 +85,114 @@ class Fetcher:
         links are fetched at once.
         """
         try:
-            target = _parse(url)
+            target = parse_link(url)
         except ValueError:
             yield Failure("bad_url")
             return
-        # First the host: a link that waits for its host must not keep others from theirs.
-        async with contextlib.AsyncExitStack() as turn:
-            async with self._host_slots[target.raw_host or ""]:
-                await turn.enter_async_context(self._slots)
-                result = await self._fetch(target)
-            yield result
+        with self.budget.lease() as lease, _Download(self, lease) as download:
+            yield await download.result(target)
 
-    async def _fetch(self, url: URL) -> bytes | Failure:
+    def session(self) -> aiohttp.ClientSession:
+        """Returns the one session, which belongs to the loop that first asks for it."""
+        if self._session is None:
+            self._session = open_session(self.config, self._guard, self._lookup)
+        return self._session
+
+
+class _Download:
+    """One link's way to its body: its turns, its deadline, its redirects and its tries."""
+
+    def __init__(self, fetcher: Fetcher, lease: Lease) -> None:
+        self._fetcher = fetcher
+        self._lease = lease
+        self._left_s = fetcher.config.deadline_s
+        self._redirects_left = fetcher.config.max_redirects
+        self._num_tries = 0
+        self._has_slot = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._give_back_slot()
+
+    async def result(self, url: URL) -> bytes | Failure:
+        """Returns the body, or why there is none."""
+        result: bytes | Failure | URL = url
+        while isinstance(result, URL):
+            url = result
+            # First the host, and nothing else meanwhile: a link that waits for its host must not keep others from
+            # theirs. One that was sent on has waited once, and may hold a signature that ends soon.
+            self._give_back_slot()
+            is_sent_on = self._redirects_left < self._fetcher.config.max_redirects
+            async with self._fetcher.hosts.turn(host_of(url), first=is_sent_on) as turn:
+                if turn.has_slot:
+                    await self._fetcher.slots.acquire()
+                    self._has_slot = True
+                if not turn.start():
+                    return Failure("host_unavailable", retryable=True)
+                result = await self._ask_in_time(url, turn)
+                if isinstance(result, Failure) and result.retryable:
+                    turn.failed()
+                else:
+                    turn.succeeded()
+        return result
+
+    def _give_back_slot(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._fetcher.slots.release()
+
+    async def _ask_in_time(self, url: URL, turn: Turn) -> bytes | Failure | URL:
+        """Returns what a host answers within what is left of the deadline: all the time but that spent in queues."""
+        clock = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(self._config.deadline_s):
-                return await self._fetch_with_retries(url)
+            async with asyncio.timeout(self._left_s) as self._timeout:
+                result = await self._ask(url, turn)
+                self._left_s = (self._timeout.when() or 0.0) - clock()
+                return result
         except TimeoutError:
             return Failure("deadline", retryable=True)
 
-    def _new_host(self) -> asyncio.Semaphore:
-        return asyncio.Semaphore(self._config.per_host)
+    async def _ask(self, url: URL, turn: Turn) -> bytes | Failure | URL:
+        """Returns the body, the link to another host, or a failure that further tries did not change."""
+        config = self._fetcher.config
+        while True:
+            self._lease.give_back()
+            result = await self._try(url)
+            if isinstance(result, URL):
+                if not self._redirects_left:
+                    return Failure("too_many_redirects")
+                self._redirects_left -= 1
+                if host_of(result) != host_of(url):
+                    return result
+                url = result
+            elif isinstance(result, Failure) and result.retryable:
+                if result.retry_after_s > config.deadline_s:
+                    turn.asked_to_wait(result.retry_after_s)
+                wait_s = result.retry_after_s + self._fetcher.random.uniform(0.5, 1.5) * _BACKOFF_S * 2**self._num_tries
+                ends_s = self._timeout.when() or 0.0
+                if self._num_tries == config.retries or asyncio.get_running_loop().time() + wait_s >= ends_s:
+                    return result
+                self._num_tries += 1
+                await asyncio.sleep(wait_s)
+            else:
+                return result
 
-    async def _fetch_with_retries(self, url: URL) -> bytes | Failure:
-        deadline = time.monotonic() + self._config.deadline_s
-        for tries in range(self._config.retries + 1):
-            result = await self._follow(url)
-            if isinstance(result, bytes) or not result.retryable or tries == self._config.retries:
-                break
-            wait_s = max(result.retry_after_s, 0.0) + self._random.uniform(0.5, 1.5) * _BACKOFF_S * 2**tries
-            if time.monotonic() + wait_s >= deadline:
-                break
-            await asyncio.sleep(wait_s)
-        return result
-
-    async def _follow(self, url: URL) -> bytes | Failure:
-        """Follows redirects by hand: each leads to a link that is as untrusted as the first."""
+    async def _try(self, url: URL) -> bytes | Failure | URL:
+        """Returns what one request gives. Redirects are followed by hand: they are as untrusted as the first link."""
         try:
-            for _ in range(self._config.max_redirects + 1):
-                async with self._open_session().get(url, allow_redirects=False) as response:
-                    location = response.headers.get("Location")
-                    if response.status not in _REDIRECTS or location is None:
-                        return await self._read(response)
-                    url = _parse(urljoin(str(url), location))
-            return Failure("too_many_redirects")
+            async with self._fetcher.session().get(url, allow_redirects=False) as response:
+                if response.status == 200:
+                    return await self._read(response)
+                await _read_rest(response)
+                location = response.headers.get("Location")
+                if response.status in _REDIRECTS and location is not None:
+                    return _sent_on(url, location)
+                wait_s = retry_after_s(response.headers) if response.status in _ASK_TO_WAIT else 0.0
+                return Failure(f"http_{response.status}", response.status in _MAY_PASS, retry_after_s=wait_s)
         except PrivateAddressError:
             return Failure("private_address")
         except aiohttp.ClientConnectorError as error:
@@ -162,44 +205,61 @@ class Fetcher:
             return Failure("connection", retryable=True)
         except aiohttp.InvalidURL:
             return Failure("bad_url")
-        except ValueError:
-            return Failure("bad_redirect")
         except aiohttp.ClientError:
             return Failure("bad_response")
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes | Failure:
-        if response.status != 200:
-            may_pass = response.status in _MAY_PASS
-            return Failure(f"http_{response.status}", may_pass, retry_after_s=_retry_after_s(response.headers))
-        if self._config.honour_opt_out and _opted_out(response.headers.getall("X-Robots-Tag", [])):
+        """Returns the body of an answer, unpacked; reading waits while too many bytes are in memory."""
+        config = self._fetcher.config
+        tags = response.headers.getall("X-Robots-Tag", ())
+        if tags and config.honour_opt_out and opted_out(tags, self._fetcher.agent_name):
             return Failure("opted_out", outcome="filtered")
-        if (response.content_length or 0) > self._config.max_bytes:
+        if (response.content_length or 0) > config.max_bytes:
             return Failure("too_large")
-        body = bytearray()
-        async for block in response.content.iter_any():
-            body += block
-            if len(body) > self._config.max_bytes:
-                return Failure("too_large")
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding in ("", "identity"):
-            return bytes(body)
-        return _unpack(bytes(body), encoding, self._config.max_bytes)
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        pieces: list[bytes] = []
+        try:
+            unpacker = Unpacker(encoding) if encoding not in ("", "identity") else None
+            async for block in response.content.iter_any():
+                for piece in unpacker.pieces(block) if unpacker else (block,):
+                    if self._lease.held_bytes + len(piece) > config.max_bytes:
+                        return Failure("too_large")
+                    if not self._lease.take(len(piece)):
+                        await self._wait_for_memory(len(piece))
+                    pieces.append(piece)
+        except UnknownEncodingError:
+            return Failure("content_encoding")
+        if unpacker and not unpacker.is_complete:
+            return Failure("incomplete_body", retryable=True)
+        return b"".join(pieces)
+
+    async def _wait_for_memory(self, num_bytes: int) -> None:
+        """Returns when the body may grow; the deadline waits too, since this is not the server's doing."""
+        clock = asyncio.get_running_loop().time
+        left_s = (self._timeout.when() or 0.0) - clock()
+        self._timeout.reschedule(None)
+        await self._lease.wait(num_bytes)
+        self._timeout.reschedule(clock() + left_s)
 
 
-def _parse(url: str) -> URL:
-    """Returns a URL whose percent-encoding is as it was given; only what cannot be sent as it is gets encoded.
+def _sent_on(url: URL, location: str) -> URL | Failure:
+    try:
+        return follow_link(url, location)
+    except ValueError:
+        return Failure("bad_redirect")
 
-    Raises:
-        ValueError: It is not a link to a host over http or https.
-    """
-    sendable = url.isascii() and url.isprintable() and " " not in url
-    parsed = URL(url, encoded=sendable)
-    if parsed.scheme not in ("http", "https") or not parsed.raw_host:
-        raise ValueError(f"{url!r} is not an http(s) link")
-    with contextlib.suppress(OSError):
-        # Numbers for an address, in any base and grouping, mean what they mean to a browser.
-        parsed = parsed.with_host(socket.inet_ntoa(socket.inet_aton(parsed.raw_host)))
-    return parsed
+
+async def _read_rest(response: aiohttp.ClientResponse) -> None:
+    """Reads what is left of an answer, if it is little and comes soon; then its connection can be used again."""
+    if response.content.is_eof() or (response.content_length or 0) > _REST_BYTES:
+        return
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(_REST_S):
+            num_bytes = 0
+            async for block in response.content.iter_any():
+                num_bytes += len(block)
+                if num_bytes > _REST_BYTES:
+                    break
 
 
 def _connect_failure(error: aiohttp.ClientConnectorError) -> Failure:
@@ -210,45 +270,3 @@ def _connect_failure(error: aiohttp.ClientConnectorError) -> Failure:
     if isinstance(error, aiohttp.ClientSSLError):
         return Failure("tls")
     return Failure("connection", retryable=True)
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    value = headers.get("Retry-After", "").strip()
-    if value.isdecimal():
-        return float(value)
-    try:
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def _opted_out(values: list[str]) -> bool:
-    """Returns whether `X-Robots-Tag` headers, those for every agent, keep the picture out."""
-    for value in values:
-        agent, separator, rest = value.partition(":")
-        if separator and "," not in agent and agent.strip().lower() not in ("unavailable_after", "max-image-preview"):
-            # Rules for one named crawler, which this is not.
-            if agent.strip() != "*":
-                continue
-            value = rest
-        if any(directive.strip().lower() in _OPT_OUTS for directive in value.split(",")):
-            return True
-    return False
-
-
-def _unpack(body: bytes, encoding: str, max_bytes: int) -> bytes | Failure:
-    """Returns an encoded body unpacked, never more than a block beyond what is accepted of it."""
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        return Failure("content_encoding")
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    unpacked = bytearray()
-    try:
-        while body and not unpacker.eof:
-            unpacked += unpacker.decompress(body, _UNPACK_BYTES)
-            body = unpacker.unconsumed_tail
-            if len(unpacked) > max_bytes:
-                return Failure("too_large")
-        unpacked += unpacker.flush(_UNPACK_BYTES)
-    except zlib.error:
-        return Failure("content_encoding")
-    return bytes(unpacked) if unpacker.eof else Failure("incomplete_body", retryable=True)

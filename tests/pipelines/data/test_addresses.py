@@ -26,6 +26,17 @@ PRIVATE = [
     "64:ff9b::a9fe:a9fe",
     "2002:7f00:1::1",
     "2002:c0a8:101::",
+    "2001:0:7f00:1::f7f7:f7f7",  # Teredo: the server is private
+    "2001:0:808:808::80ff:fffe",  # Teredo: the client is 127.0.0.1, its bits turned over
+    "64:ff9b:1::a00:1",  # NAT64 of a network's own, RFC 8215
+    "::ffff:0:7f00:1",  # stateless translation, RFC 2765
+    "192.0.0.8",
+    "198.18.0.1",
+    "240.0.0.1",
+    "2001:db8::1",
+    "100::1",
+    "5f00::1",
+    "4000::1",
 ]
 PUBLIC = ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 
