@@ -91,9 +91,7 @@ def refresh(config: RefreshConfig) -> RefreshReport:
     ledger = Ledger(config.table.uri, now_s=started_s, retry_failed=config.run.retry_failed)
     plan = make_plan(source, ledger, config.run.limit)
     if config.run.prune and not len(plan.ids):
-        raise ConfigError(
-            f"{source.uri} has no link, and run.prune would empty the table of {source.name}; leave it out"
-        )
+        raise ConfigError(f"{source.uri} has no link, and run.prune would remove all of {source.name}; leave it out")
     _tell_of_faults(plan)
     with Review.open(config) as review:
         ledger.ensure_table(config.score.columns)

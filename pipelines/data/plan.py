@@ -1,5 +1,6 @@
 """What a refresh has to do: the rows of a list less what is repeated, unreadable, or done already."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mdm_core.errors import WorkError
-from pipelines import storage
 from pipelines.data import keys
 from pipelines.data.config import SourceConfig
 from pipelines.data.ledger import Ledger, State
-from pipelines.data.sources import Row, read_list
+from pipelines.data.sources import Batch, Row, fingerprint, read_list
 
 _MAX_FAULTS_KEPT = 20
 
@@ -51,19 +51,18 @@ def make_plan(source: SourceConfig, ledger: Ledger, limit: int | None = None) ->
     Raises:
         ConfigError: The list can't be read.
     """
-    fingerprint = _fingerprint(source)
+    found = _fingerprint(source)
     malformed: Counter[str] = Counter()
     faults: list[Row] = []
     readable: list[keys.Mask] = []
     ids: list[keys.Keys] = []
     hashes = [np.empty(0, np.uint64)]
     for batch in read_list(source, limit):
-        readable.append(np.array([not row.fault for row in batch], bool))
-        ids.append(keys.from_bytes(b"".join(keys.link_key(row.url) for row in batch if not row.fault)))
-        hashes.append(keys.text_hashes(pa.array([row.caption for row in batch if not row.fault], pa.string())))
-        bad = [row for row in batch if row.fault]
-        malformed.update(row.fault for row in bad)
-        faults.extend(bad[: _MAX_FAULTS_KEPT - len(faults)])
+        readable.append(batch.readable)
+        ids.append(_link_keys(batch.urls))
+        hashes.append(keys.text_hashes(batch.captions))
+        malformed.update(batch.count_faults())
+        faults.extend(itertools.islice(batch.faulty(), _MAX_FAULTS_KEPT - len(faults)))
     is_readable = np.concatenate([np.empty(0, bool), *readable])
     all_ids = np.concatenate([keys.empty(), *ids])
     is_first = keys.is_first(all_ids)
@@ -76,7 +75,7 @@ def make_plan(source: SourceConfig, ledger: Ledger, limit: int | None = None) ->
     return Plan(
         source=source,
         limit=limit,
-        fingerprint=fingerprint,
+        fingerprint=found,
         links=len(is_readable),
         duplicate=int((~is_first).sum()),
         unchanged=int((is_first & ~is_todo & ~is_recaptioned).sum()),
@@ -98,45 +97,52 @@ def iter_captions(plan: Plan, batch_rows: int = 100_000) -> Iterator[dict[bytes,
     Raises:
         WorkError: The list has changed since the plan was made.
     """
-    captions: dict[bytes, str] = {}
-    for row in _wanted(plan, plan.recaption_bits):
-        captions[keys.link_key(row.url)] = row.caption
-        if len(captions) == batch_rows:
-            yield captions
-            captions = {}
-    if captions:
-        yield captions
+    for rows in _wanted(plan, plan.recaption_bits, batch_rows):
+        yield dict(zip(keys.to_list(_link_keys(rows["url"])), rows["caption"].to_pylist(), strict=True))
 
 
 def iter_chunks(plan: Plan, chunk_rows: int) -> Iterator[pa.Table]:
     """Yields the rows to do, in the order of the list, `chunk_rows` at a time.
 
-    Columns: `chunk` (from 0), `id`, `url`, `caption`, and `attempts`, this one counted.
+    Columns: `chunk` (from 0), `id`, `url`, `caption`, `origin` (where the picture lies already, or nothing), and
+    `attempts`, this one counted.
 
     Raises:
         WorkError: The list has changed since the plan was made.
     """
-    waiting: list[Row] = []
-    num_chunks = 0
-    for row in _wanted(plan, plan.todo_bits):
-        waiting.append(row)
-        if len(waiting) == chunk_rows:
-            yield _chunk(plan, num_chunks, waiting)
-            num_chunks += 1
-            waiting = []
-    if waiting:
-        yield _chunk(plan, num_chunks, waiting)
+    for number, rows in enumerate(_wanted(plan, plan.todo_bits, chunk_rows)):
+        yield _chunk(plan, number, rows)
 
 
-def _wanted(plan: Plan, bits: npt.NDArray[np.uint8]) -> Iterator[Row]:
+def _wanted(plan: Plan, bits: npt.NDArray[np.uint8], num_rows: int) -> Iterator[pa.Table]:
+    """Yields rows of the list, `num_rows` at a time: columns `url`, `caption` and `origin`."""
     is_wanted = np.unpackbits(bits, count=plan.links).astype(bool)
-    num_rows = 0
+    num_read = 0
+    waiting: list[pa.Table] = []
+    num_waiting = 0
     for batch in read_list(plan.source, plan.limit):
-        for at in np.flatnonzero(is_wanted[num_rows : num_rows + len(batch)]):
-            yield batch[at]
-        num_rows += len(batch)
-    if num_rows != plan.links or _fingerprint(plan.source) != plan.fingerprint:
+        found = _columns(batch, is_wanted[num_read : num_read + len(batch)])
+        num_read += len(batch)
+        waiting.append(found)
+        num_waiting += found.num_rows
+        if num_waiting >= num_rows:
+            whole = pa.concat_tables(waiting).combine_chunks()
+            at = num_waiting - num_waiting % num_rows
+            yield from (whole.slice(start, num_rows) for start in range(0, at, num_rows))
+            waiting, num_waiting = [whole.slice(at)], num_waiting - at
+    if num_read != plan.links or _fingerprint(plan.source) != plan.fingerprint:
         raise WorkError(f"{plan.source.uri} was changed while it was read; run again when it is complete")
+    if num_waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _columns(batch: Batch, is_wanted: keys.Mask) -> pa.Table:
+    origins = pa.repeat("", len(batch.urls)) if batch.origins is None else batch.origins
+    rows = pa.table({"url": batch.urls, "caption": batch.captions, "origin": origins})
+    if len(is_wanted) < len(batch):
+        # The list has grown since.
+        is_wanted = np.append(is_wanted, np.zeros(len(batch) - len(is_wanted), bool))
+    return rows.filter(pa.array(is_wanted[batch.readable]))
 
 
 def _bits(is_readable: keys.Mask, mask: keys.Mask) -> npt.NDArray[np.uint8]:
@@ -156,27 +162,27 @@ def _joined(
     return ids[order], attempts[order]
 
 
-def _chunk(plan: Plan, number: int, rows: list[Row]) -> pa.Table:
-    joined = b"".join(keys.link_key(row.url) for row in rows)
-    at = keys.find(plan.retry_ids, keys.from_bytes(joined))
-    before = np.where(at >= 0, plan.retry_attempts[at], 0) if len(plan.retry_ids) else np.zeros(len(rows), np.int32)
+def _chunk(plan: Plan, number: int, rows: pa.Table) -> pa.Table:
+    ids = _link_keys(rows["url"])
+    at = keys.find(plan.retry_ids, ids)
+    before = np.where(at >= 0, plan.retry_attempts[at], 0) if len(plan.retry_ids) else np.zeros(len(ids), np.int32)
     return pa.table(
         {
-            "chunk": pa.array(np.full(len(rows), number, np.int64)),
-            "id": pa.array(
-                [joined[i : i + keys.KEY_BYTES] for i in range(0, len(joined), keys.KEY_BYTES)], pa.binary()
-            ),
-            "url": pa.array([row.url for row in rows], pa.string()),
-            "caption": pa.array([row.caption for row in rows], pa.string()),
-            "origin": pa.array([getattr(row, "origin", "") for row in rows], pa.string()),
+            "chunk": pa.array(np.full(len(ids), number, np.int64)),
+            "id": pa.array(keys.to_list(ids), pa.binary()),
+            **{name: rows[name] for name in rows.column_names},
             "attempts": pa.array(before.astype(np.int32) + 1, pa.int32()),
         }
     )
 
 
+def _link_keys(urls: pa.Array | pa.ChunkedArray) -> keys.Keys:
+    return keys.from_bytes(b"".join(map(keys.link_key, urls.to_pylist())))
+
+
 def _fingerprint(source: SourceConfig) -> str:
     try:
-        return storage.fingerprint(source.uri)
+        return fingerprint(source)
     except OSError:
         # `read_list` says what is wrong with it.
         return ""

@@ -49,3 +49,26 @@ def test_link_key_is_blake2b() -> None:
 def test_find_in_nothing() -> None:
     assert keys.find(keys.empty(), keys.from_bytes(bytes(32))).tolist() == [-1, -1]
     assert np.array_equal(keys.find(keys.from_bytes(bytes(16)), keys.empty()), [])
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2**32 - 1)), max_size=20), max_size=12))
+def test_map_that_grows_is_a_dictionary(batches: list[list[tuple[int, int]]]) -> None:
+    known: dict[int, int] = {}
+    ours = keys.KeyMap(np.uint64)
+    every = keys.from_bytes(b"".join(keys.link_key(str(number)) for number in range(32)))
+    for batch in batches:
+        known.update(batch)
+        added = keys.from_bytes(b"".join(keys.link_key(str(key)) for key, _ in batch))
+        ours.add(added, np.array([value for _, value in batch], np.uint64))
+        found, values = ours.get(every)
+        assert found.tolist() == [number in known for number in range(32)]
+        assert values.tolist() == [known.get(number, 0) for number in range(32)]
+
+
+def test_hashes_of_texts_tell_them_apart_and_stay_as_they_are() -> None:
+    texts = [f"caption {number}" for number in range(100_000)] + ["", "ä", "a\0", "a"]
+    hashes = keys.text_hashes(pa.array(texts))
+    assert len(np.unique(hashes)) == len(texts)
+    assert np.array_equal(keys.text_hashes(pa.chunked_array([texts[:7], texts[7:]])), hashes)
+    # Another process, today or in a year, must find the same.
+    assert hashes[-1] == keys.text_hashes(pa.array(["a"]))[0] == 13_950_350_942_979_735_504

@@ -1,0 +1,109 @@
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.forget import main
+from mdm_core.errors import ConfigError
+from pipelines.data import keys
+from pipelines.data.commit import commit
+from pipelines.data.config import ForgetConfig
+from pipelines.data.forget import forget
+from pipelines.data.pipeline import refresh
+from pipelines.data.table import SampleTable
+from tests.pipelines.data.picture_server import PictureServer
+from tests.pipelines.data.test_commit import ONCE, ledger, links, write
+from tests.pipelines.data.test_refresh import configure, counts, line, rows
+
+
+def urls_file(tmp_path: Path, *urls: str) -> str:
+    path = tmp_path / "takedown.txt"
+    path.write_text("\n".join(urls) + "\n")
+    return str(path)
+
+
+def on_disk(table: Path, column: str) -> list[object]:
+    """Returns a column of every Parquet file there is, whatever the log says of it."""
+    return [value for file in table.rglob("*.parquet") for value in pq.read_table(file)[column].to_pylist()]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_forgotten_link_is_gone_with_its_bytes_and_never_asked_for_again(tmp_path: Path, server: PictureServer) -> None:
+    urls = list(server.add_pictures(10))
+    lines = [line(url) for url in urls]
+    config = configure(tmp_path, lines[:9], run={"shard_rows": 4})
+    refresh(config)
+    # An older version holds the picture in a file of its own.
+    lines[3] = line(urls[3], "another caption than before")
+    refresh(configure(tmp_path, lines[:9], run={"shard_rows": 4}))
+    picture = next(row["image"] for row in rows(config, "ok") if row["url"] == urls[3])
+    assert sum(image == picture for image in on_disk(tmp_path / "table", "image")) == 2
+
+    report = forget(ForgetConfig(table=config.table.uri, urls=urls_file(tmp_path, urls[3], urls[9])))
+    assert (report.links, report.rows_removed, report.already_forgotten) == (2, 1, 0)
+    assert report.files_deleted == 2
+    assert report.table_version == SampleTable.open(config.table.uri).version
+    for name, value in (("image", picture), ("url", urls[3]), ("url", urls[9])):
+        assert value not in on_disk(tmp_path / "table", name)
+    assert [row["url"] for row in rows(config, "ok")] == [url for url in urls[:9] if url != urls[3]]
+    tombs = rows(config, "filtered")
+    assert {row["id"] for row in tombs} == {keys.link_key(urls[3]), keys.link_key(urls[9])}
+    assert {(row["url"], row["caption"], row["reason"], row["image"]) for row in tombs} == {("", "", "forgotten", None)}
+
+    server.forget()
+    again = refresh(configure(tmp_path, lines, run={"retry_failed": "all"}))
+    assert counts(again) == {
+        "links": 10, "ok": 0, "filtered": 0, "failed": 0, "duplicate": 0, "malformed": 0, "unchanged": 10,
+    }  # fmt: skip
+    assert not server.hits
+    twice = forget(ForgetConfig(table=config.table.uri, urls=urls_file(tmp_path, urls[3])))
+    assert (twice.rows_removed, twice.already_forgotten, twice.files_deleted) == (0, 1, 0)
+
+
+def test_refresh_that_is_at_work_does_not_bring_the_link_back(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a"])], ONCE)
+    running = ledger(uri)
+    written = [write(uri, 1, ["http://h/b", "http://h/c"])]
+    forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, "http://h/b")))
+    tally = commit(running, written, ONCE)
+    assert dict(tally.outcomes) == {"unchanged": 1, "ok": 1}
+    assert links(uri, "ok") == ["http://h/a", "http://h/c"]
+    assert "http://h/b" not in on_disk(tmp_path / "table", "url")
+
+
+def test_failed_link_is_forgotten_and_not_tried_again(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a", "http://h/b"], "failed")], ONCE)
+    forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, "http://h/a")))
+    later = ledger(uri, timedelta(days=9), retry_failed="all")
+    assert later.to_retry()[0].tobytes() == keys.link_key("http://h/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"http://h/a\nh/b\n", r"line 2 is 'h/b'; wanted one http\(s\) link a line; nothing was forgotten"),
+        (b"http://h/a caption\n", "line 1 is 'http://h/a caption'"),
+        (b"\n\n", "it is empty"),
+        (b"http://h/\xff\n", "line 1 is not UTF-8"),
+    ],
+)
+def test_file_of_something_else_changes_nothing(tmp_path: Path, text: bytes, message: str) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a"])], ONCE)
+    (tmp_path / "urls").write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
+        forget(ForgetConfig(table=uri, urls=str(tmp_path / "urls")))
+    assert links(uri) == ["http://h/a"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a"])], ONCE)
+    assert main(["--table", uri, "--urls", str(tmp_path / "none")]) == 2
+    assert "none cannot be read: No such file" in capsys.readouterr().err
+    assert main(["--table", str(tmp_path), "--urls", urls_file(tmp_path, "http://h/a")]) == 2
+    assert main(["--table", uri, "--urls", urls_file(tmp_path, "http://h/a"), "--json"]) == 0
+    assert '"rows_removed": 1' in capsys.readouterr().out
