@@ -84,6 +84,7 @@ class QuickstartConfig(Config):
             ),
             # What drips today will drip tomorrow: a later run has nothing to wait for.
             run=data.RunConfig(shard_rows=500, commit_every_s=5.0, retry_failed="none"),
+            tracking=self.tracking,
         )
 
     def embed(self) -> EmbedConfig:
