@@ -12,7 +12,7 @@ from pipelines.data import keys
 from pipelines.data.config import FiltersConfig
 from pipelines.data.ledger import Ledger
 from pipelines.data.rewrite import drop_rows
-from pipelines.data.shards import WrittenShard, read_whole, without_pictures, write_shard
+from pipelines.data.shards import NO_PHASH, WrittenShard, read_whole, without_pictures, write_shard
 from pipelines.data.transaction import Change, Tally, transact
 
 
@@ -91,8 +91,10 @@ def _near(ledger: Ledger, phashes: Any, max_bits: int, change: Change) -> keys.M
     """Marks perceptual hashes near one that the table or an earlier row holds, and notes the others."""
     from pipelines.data.phash import mark_near_repeats
 
-    is_near = mark_near_repeats(phashes, max_bits, ledger.phashes())
-    change.new_phashes = phashes[~is_near]
+    has_hash = phashes != NO_PHASH
+    is_near = np.zeros(len(phashes), bool)
+    is_near[has_hash] = mark_near_repeats(phashes[has_hash], max_bits, ledger.phashes())
+    change.new_phashes = phashes[has_hash & ~is_near]
     return is_near
 
 

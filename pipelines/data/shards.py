@@ -15,6 +15,9 @@ from pipelines import storage
 from pipelines.data import keys
 from pipelines.data.table import IMAGE_COLUMNS, SCORE, encode_shard, read_rows
 
+NO_PHASH = 0
+"""In the place of a perceptual hash where there is none; half the bits of a real one are set."""
+
 
 @dataclass(frozen=True)
 class WrittenShard:
@@ -29,7 +32,7 @@ class WrittenShard:
     hashes: keys.Keys
     """Of the bytes of pictures; none for rows that have none."""
     phashes: npt.NDArray[np.int64]
-    """Perceptual hashes, as `hashes`."""
+    """Perceptual hashes, as `hashes`; NO_PHASH where a picture has none."""
     thumbnails: list[bytes] = field(default_factory=list)
     """Small pictures of some rows that are not kept."""
 
@@ -80,8 +83,7 @@ def without_pictures(rows: pa.Table, reason: str) -> pa.Table:
 
 
 def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    # A row without a hash must keep its place; no picture that is like another has this one.
-    return np.asarray(pc.fill_null(column, 0).to_numpy(), np.int64)
+    return np.asarray(pc.fill_null(column, NO_PHASH).to_numpy(), np.int64)
 
 
 _SHARDS = pa.schema(
