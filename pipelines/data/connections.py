@@ -1,5 +1,6 @@
 """The connections that links are fetched over: kept, checked, and each answer on them to the request before it."""
 
+import functools
 import ssl
 from pathlib import Path
 
@@ -56,7 +57,9 @@ class _Request(aiohttp.ClientRequest):
         return await super().send(conn)
 
 
+@functools.cache
 def _tls_context(verify: bool) -> ssl.SSLContext:
+    """Returns the one context of the process: reading the certificates takes longer than many fetches."""
     context = ssl.create_default_context()
     if not verify:
         context.check_hostname = False

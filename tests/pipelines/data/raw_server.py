@@ -32,7 +32,7 @@ def answer(status: str, *headers: str) -> bytes:
 
 
 class RawServer:
-    """Answers each request with the steps that `script` has for its path, on any address of 127.0.0.0/8.
+    """Answers each request with what `script` has for its path, on 127.0.0.1 to 127.0.0.3, and on ::1 where it is.
 
     Args:
         script: Returns the steps of an answer.
@@ -74,14 +74,15 @@ class RawServer:
         return [head.partition(b"\r\n")[0].decode("latin-1") for head in self.requests]
 
     async def _start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
-        self.port = self._server.sockets[0].getsockname()[1]
-        self._others = [
-            await asyncio.start_server(self._serve, f"127.0.0.{last}", self.port, ssl=self._tls) for last in (2, 3)
-        ]
+        self._servers = [await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)]
+        self.port = self._servers[0].sockets[0].getsockname()[1]
+        for host in ("127.0.0.2", "127.0.0.3", "::1"):
+            # Not every machine has IPv6.
+            with contextlib.suppress(OSError):
+                self._servers.append(await asyncio.start_server(self._serve, host, self.port, ssl=self._tls))
 
     async def _stop(self) -> None:
-        for server in (self._server, *self._others):
+        for server in self._servers:
             server.close()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
