@@ -215,12 +215,6 @@ class ScoreConfig(Config):
     zero_shot: dict[str, tuple[str, str]] = Field(default_factory=dict)
     """Column `score_NAME` for each name: the probability of the first text against the second."""
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that are asked for."""
-        names = (["clip_similarity"] if self.clip else []) + (["score_nsfw"] if self.nsfw else [])
-        return (*names, *(f"score_{name}" for name in self.zero_shot))
-
     @model_validator(mode="after")
     def _check_zero_shot(self) -> Self:
         for name, texts in self.zero_shot.items():

@@ -34,11 +34,12 @@ from pipelines.data.ledger import Ledger
 from pipelines.data.plan import Plan, iter_captions, iter_chunks, make_plan
 from pipelines.data.review import Review
 from pipelines.data.rewrite import prune, recaption
+from pipelines.data.score import score_columns
 from pipelines.data.shards import WrittenShard, pack, shards_from_table, unpack
 from pipelines.data.sweep import sweep
 from pipelines.data.table import OUTCOMES
 from pipelines.data.transaction import Tally
-from pipelines.data.worker import FetchWorker, ScoreWorker
+from pipelines.data.worker import FetchWorker, ScoreWorker, check
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,10 @@ def refresh(config: RefreshConfig) -> RefreshReport:
     if config.run.prune and not len(plan.ids):
         raise ConfigError(f"{source.uri} has no link, and run.prune would remove all of {source.name}; leave it out")
     _tell_of_faults(plan)
+    if plan.num_todo:
+        check(config)
     with Review.open(config) as review:
-        ledger.ensure_table(config.score.columns)
+        ledger.ensure_table(score_columns(config.score))
         note = {"operation": "refresh", "run": secrets.token_hex(8), "started_s": started_s, "source": source.name}
         tally = _recaption(config, plan, ledger, note)
         if plan.num_todo:
@@ -156,7 +159,7 @@ def _pool_sizes(config: RefreshConfig, num_chunks: int) -> tuple[int, int]:
     resources = ray.cluster_resources()
     num_cpus = int(resources.get("CPU", 1))
     num_scorers = 0
-    if config.score.columns:
+    if score_columns(config.score):
         num_scorers = max(1, int(resources.get("GPU", 0)) or num_cpus // 2)
     wanted = max(1, num_cpus - num_scorers) if config.run.workers == "auto" else config.run.workers
     return min(wanted, num_chunks), min(num_scorers, num_chunks)

@@ -17,6 +17,7 @@ from pipelines.data.engine import Engine, Link, NativeEngine, Result
 from pipelines.data.fetch import Failure
 from pipelines.data.filters import CaptionFilter
 from pipelines.data.rows import THUMBNAIL, picture_to_score, rows_of
+from pipelines.data.score import Scorer, check_scores
 from pipelines.data.shards import WrittenShard, pack, shards_to_table, unpack, write_shard
 from pipelines.data.table import OUTCOMES
 
@@ -119,6 +120,15 @@ def _read_exclusions(uri: str | None) -> Any:
     return read_exclusions(uri)
 
 
+def check(config: RefreshConfig) -> None:
+    """Raises ConfigError if a worker could not begin: what it needs is tried here, before Ray starts any."""
+    check_scores(config.score)
+    CaptionFilter(config.filters)
+    _read_exclusions(config.filters.exclude_hashes)
+    engine = make_engine(config, num_threads=1)
+    asyncio.run(engine.close())
+
+
 class ScoreWorker:
     """Scores the rows that a `FetchWorker` hands on, and writes them.
 
@@ -130,8 +140,6 @@ class ScoreWorker:
     def __init__(self, *, score: ScoreConfig, table_uri: str) -> None:
         self._table_uri = table_uri
         self._error = ""
-        from pipelines.data.score import Scorer
-
         try:
             self._scorer = Scorer(score)
         except MdmError as error:
