@@ -1,208 +1,207 @@
 """Lists of links, read as they are: everything is text, one line is one row, and nothing is guessed.
 
-A line that cannot be read is a row with a fault, and its neighbours are not touched. Lists are streamed: one batch of
-rows is in memory at a time.
+A line that cannot be read is a row with a fault, and its neighbours are not touched. Lists are streamed: a few
+megabytes of one are in memory at a time. They are read a block at a time into columns, and line by line only where a
+block cannot tell what a line means.
 """
 
-import csv
-import itertools
+import glob
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
+from pipelines.data.batch import FAULTS, Batch, Codes, Row, make_batch
 from pipelines.data.config import SourceConfig
+from pipelines.data.delimited import find_column, read_delimited
+from pipelines.data.lines import MAX_LINE_BYTES, is_utf8, read_blocks
 
-_LINK = re.compile(r"https?://[^\s/?#]", re.IGNORECASE)
+__all__ = ["Batch", "Row", "fingerprint", "read_list"]
+
 _BATCH_ROWS = 10_000
-_READ_BYTES = 1 << 20
-_MAX_LINE_BYTES = 16 << 20
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_DECODE_JSON = json.JSONDecoder().raw_decode
+_JSON_SPACE = " \t\r\n"
 
 
-class Row(NamedTuple):
-    """One row of a list; `fault` says why it cannot be used, and is empty if it can."""
-
-    line: int
-    url: str
-    caption: str
-    fault: str = ""
-
-
-def read_list(source: SourceConfig, limit: int | None = None) -> Iterator[list[Row]]:
-    """Yields the rows of a list in batches, in order; at most `limit` rows.
+def read_list(source: SourceConfig, limit: int | None = None) -> Iterator[Batch]:
+    """Yields the rows of a list in order, part after part; at most `limit` rows.
 
     Raises:
         ConfigError: There is no such list, or it is not in the format that was named.
     """
-    readers: dict[str, Callable[[SourceConfig], Iterator[Row]]] = {
-        "tsv": _read_tsv,
-        "csv": _read_csv,
+    readers: dict[str, Callable[[str, SourceConfig], Iterator[Batch]]] = {
+        "tsv": read_delimited,
+        "csv": read_delimited,
         "jsonl": _read_jsonl,
         "parquet": _read_parquet,
+        "img2dataset": _read_parquet,
     }
-    rows = itertools.islice(readers[source.format](source), limit)
+    num_rows = 0
+    for part in _parts(source):
+        try:
+            for batch in readers[source.format](part, source):
+                kept = batch if limit is None else batch.head(limit - num_rows)
+                num_rows += len(kept)
+                yield kept
+                if num_rows == limit:
+                    return
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ConfigError(f"{part} cannot be read as {source.format}: {_one_line(error)}") from error
+        except OSError as error:
+            raise _unreadable(part, error) from error
+
+
+def fingerprint(source: SourceConfig) -> str:
+    """Returns a short text that changes when a part of a list is written to, added or taken away."""
+    return storage.fingerprint(_pattern(source))
+
+
+def _parts(source: SourceConfig) -> list[str]:
     try:
-        while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-            yield batch
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ConfigError(f"{source.uri} cannot be read as {source.format}: {error}") from error
+        parts = storage.expand(_pattern(source))
     except OSError as error:
-        raise ConfigError(
-            f"the list {source.uri} cannot be read: {error.strerror or error}; check source.uri"
-        ) from error
+        raise _unreadable(source.uri, error) from error
+    if not parts:
+        wanted = "a folder of *.parquet, as img2dataset writes it" if source.format == "img2dataset" else "a file"
+        raise ConfigError(f"source.uri={source.uri} matches nothing; wanted {wanted}")
+    return parts
 
 
-def _row(line: int, url: object, caption: object) -> Row:
+def _pattern(source: SourceConfig) -> str:
+    if source.format != "img2dataset":
+        return source.uri
+    # The folder's own name is no pattern, if there is a folder of that name.
+    return storage.join(glob.escape(source.uri) if storage.exists(source.uri) else source.uri, "*.parquet")
+
+
+def _unreadable(uri: str, error: OSError) -> ConfigError:
+    return ConfigError(f"the list {uri} cannot be read: {error.strerror or _one_line(error)}; check source.uri")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_jsonl(part: str, source: SourceConfig) -> Iterator[Batch]:
+    url_name, caption_name = source.columns.url, source.columns.caption
+    line = 1
+    for block in read_blocks(part):
+        lines: list[str | bytes | None] = [None] if block is None else _decoded_lines(block)
+        codes = np.zeros(len(lines), np.uint8)
+        urls: list[str] = []
+        captions: list[str] = []
+        for at, text in enumerate(lines):
+            fault, url, caption = _parse_json(text, url_name, caption_name)
+            if fault:
+                codes[at] = FAULTS.index(fault)
+            else:
+                urls.append(url)
+                captions.append(caption)
+        yield make_batch(part, line, codes, pa.array(urls, pa.string()), pa.array(captions, pa.string()))
+        line += len(lines)
+
+
+def _decoded_lines(block: bytes) -> list[str | bytes | None]:
+    """Returns the lines of a block: those that are not UTF-8 as they are, and None for those that are too long."""
+    if len(block) <= MAX_LINE_BYTES and is_utf8(block):
+        return [*block.decode("utf-8").removesuffix("\n").split("\n")]
+    lines = block.removesuffix(b"\n").split(b"\n")
+    return [None if len(line) > MAX_LINE_BYTES else line.decode("utf-8") if is_utf8(line) else line for line in lines]
+
+
+def _parse_json(text: str | bytes | None, url_name: int | str, caption_name: int | str) -> tuple[str, str, str]:
+    """Returns what is wrong with a line, if anything is, its link and its caption."""
+    if not isinstance(text, str):
+        return "line_too_long" if text is None else "not_utf8", "", ""
+    text = text.strip(_JSON_SPACE)
     try:
-        url = url.decode("utf-8") if isinstance(url, bytes) else url
-        caption = caption.decode("utf-8") if isinstance(caption, bytes) else caption
-    except UnicodeDecodeError:
-        return Row(line, "", "", "not_utf8")
+        record, end = _DECODE_JSON(text)
+    except (ValueError, RecursionError):
+        return "not_json", "", ""
+    if end != len(text) or not isinstance(record, dict):
+        return "not_json", "", ""
+    url, caption = record.get(url_name), record.get(caption_name)
     if not isinstance(url, str) or not isinstance(caption, str):
-        return Row(line, "", "", "not_text")
-    url, caption = url.strip(), caption.strip()
-    if not _LINK.match(url):
-        return Row(line, url, caption, "not_a_link")
-    if not caption:
-        return Row(line, url, caption, "no_caption")
-    return Row(line, url, caption)
+        return "not_text", "", ""
+    # Half a surrogate pair, which JSON can spell and no encoding can hold.
+    if "\\u" in text and not _is_encodable(url + caption):
+        return "not_utf8", "", ""
+    return "", url, caption
 
 
-def _read_tsv(source: SourceConfig) -> Iterator[Row]:
-    return _read_delimited(source, lambda line: line.split("\t"), joint="\t")
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _read_csv(source: SourceConfig) -> Iterator[Row]:
-    def split(line: str) -> list[str] | None:
-        try:
-            # Strict, and a line at a time: a quote that is never closed must not swallow the rows below it.
-            return next(csv.reader([line], strict=True))
-        except (csv.Error, StopIteration):
-            return None
-
-    return _read_delimited(source, split, joint=None)
-
-
-def _read_delimited(source: SourceConfig, split: Callable[[str], list[str] | None], joint: str | None) -> Iterator[Row]:
-    lines = _lines(source.uri)
-    first_line = 1
-    names: list[str] = []
-    if source.header:
-        names = split(next(lines, b"").decode("utf-8", "replace")) or []
-        first_line = 2
-    url_at = _position(source.columns.url, names, source.uri)
-    caption_at = _position(source.columns.caption, names, source.uri)
-    head = list(itertools.islice(lines, 1000))
-    num_columns = len(names) or _usual_columns(head, split, least=max(url_at, caption_at) + 1)
-    for number, raw in enumerate(itertools.chain(head, lines), first_line):
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            yield Row(number, "", "", "not_utf8")
-            continue
-        cells = split(text)
-        if cells is None:
-            yield Row(number, "", "", "bad_csv")
-            continue
-        if len(cells) > num_columns and joint is not None and caption_at == num_columns - 1:
-            # The separator occurs in the caption, which nothing in the format forbids.
-            cells[caption_at:] = [joint.join(cells[caption_at:])]
-        if len(cells) != num_columns:
-            yield Row(number, "", "", "wrong_columns")
-            continue
-        yield _row(number, cells[url_at], cells[caption_at])
-
-
-def _usual_columns(lines: list[bytes], split: Callable[[str], list[str] | None], least: int) -> int:
-    """Returns how many columns most of the lines have: one odd line at the top must not condemn the rest."""
-    cells = (split(line.decode("utf-8", "replace")) for line in lines)
-    counts = Counter(len(row) for row in cells if row is not None and len(row) >= least)
-    return counts.most_common(1)[0][0] if counts else least
-
-
-def _position(column: int | str, names: list[str], uri: str) -> int:
-    if isinstance(column, int):
-        if names and column >= len(names):
-            raise ConfigError(f"{uri} has {len(names)} columns, and no column {column}; positions count from 0")
-        return column
-    if column not in names:
-        raise ConfigError(f"{uri} has no column {column!r}; it has {', '.join(map(repr, names))}")
-    return names.index(column)
-
-
-def _read_jsonl(source: SourceConfig) -> Iterator[Row]:
-    for number, raw in enumerate(_lines(source.uri), 1):
-        try:
-            record = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield Row(number, "", "", "not_utf8")
-            continue
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            yield Row(number, "", "", "not_json")
-            continue
-        url, caption = record.get(source.columns.url), record.get(source.columns.caption)
-        try:
-            f"{url}{caption}".encode()
-        except UnicodeEncodeError:
-            # Half a surrogate pair, which JSON can spell and no encoding can hold.
-            yield Row(number, "", "", "not_utf8")
-            continue
-        yield _row(number, url, caption)
-
-
-def _read_parquet(source: SourceConfig) -> Iterator[Row]:
-    number = 0
-    with storage.open_input(source.uri) as file:
+def _read_parquet(part: str, source: SourceConfig) -> Iterator[Batch]:
+    wanted = (source.columns.url, source.columns.caption)
+    if source.format == "img2dataset":
+        wanted = ("url" if wanted[0] == 0 else wanted[0], "caption" if wanted[1] == 1 else wanted[1])
+    line = 1
+    with storage.open_input(part) as file:
         parquet = pq.ParquetFile(file)
         names = parquet.schema_arrow.names
-        columns = [
-            names[_position(column, names, source.uri)] for column in (source.columns.url, source.columns.caption)
-        ]
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
-            for url, caption in zip(*(_texts(batch[column]) for column in columns), strict=True):
-                number += 1
-                yield _row(number, url, caption)
+        columns = [names[find_column(column, names, part)] for column in wanted]
+        for name in columns:
+            # A name may stand for two columns though only one was asked for, by its position.
+            find_column(name, names, part)
+        for rows in parquet.iter_batches(_BATCH_ROWS, columns=columns):
+            codes = np.zeros(rows.num_rows, np.uint8)
+            texts = [_texts(rows[column], codes) for column in columns]
+            good = pa.array(codes == 0)
+            origins = None
+            if source.format == "img2dataset":
+                numbers = pa.array(np.arange(line - 1, line - 1 + rows.num_rows)).cast(pa.string())
+                origins = pc.binary_join_element_wise(part, numbers, "#").filter(good)
+            urls, captions = (text.filter(good) for text in texts)
+            yield make_batch(part, line, codes, urls, captions, origins)
+            line += rows.num_rows
 
 
-def _texts(column: pa.Array) -> list[Any]:
-    """Returns the values of a column, those that are text as bytes: nothing says that they are valid UTF-8."""
+def _texts(column: pa.Array, codes: Codes) -> pa.Array:
+    """Returns a column as text; sets the codes of the rows where it is none, and has anything there."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = column.cast(pa.large_binary())
-    return list(column.to_pylist())
+    if not any(is_of_type(column.type) for is_of_type in _TEXT_TYPES):
+        column = pa.nulls(len(column), pa.string())
+    is_null = column.is_null().to_numpy(zero_copy_only=False)
+    codes[is_null & (codes == 0)] = FAULTS.index("not_text")
+    try:
+        # Through bytes: nothing says that what is stored as text is UTF-8.
+        return column.cast(pa.large_binary()).cast(pa.string())
+    except pa.ArrowInvalid:
+        values = column.cast(pa.large_binary()).to_pylist()
+        texts = [None if value is None else _decoded(value) for value in values]
+        codes[[text is None and value is not None for text, value in zip(texts, values, strict=True)]] = FAULTS.index(
+            "not_utf8"
+        )
+        return pa.array(texts, pa.string())
 
 
-def _lines(uri: str) -> Iterator[bytes]:
-    """Yields lines without their ends (LF or CRLF), and without a byte-order mark at the top."""
-    rest = b""
-    first = True
-    with _open_stream(uri) as stream:
-        while block := stream.read(_READ_BYTES):
-            if first:
-                block, first = block.removeprefix(b"\xef\xbb\xbf"), False
-            lines = (rest + block).split(b"\n")
-            rest = lines.pop()
-            if len(rest) > _MAX_LINE_BYTES:
-                raise ConfigError(f"{uri} has a line longer than {_MAX_LINE_BYTES:,} bytes; is it a list of links?")
-            for line in lines:
-                yield line.removesuffix(b"\r")
-    if rest:
-        yield rest.removesuffix(b"\r")
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
 
 
-def _open_stream(uri: str) -> pa.NativeFile:
-    file = storage.open_input(uri)
-    for suffix, compression in _COMPRESSIONS.items():
-        if uri.endswith(suffix):
-            return pa.CompressedInputStream(file, compression)
-    return file
+def _decoded(value: bytes) -> str | None:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

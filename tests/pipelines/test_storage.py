@@ -7,6 +7,7 @@ import pytest
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
+from tests.pipelines.file_server import FileServer
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
@@ -85,6 +86,40 @@ def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     assert storage.fingerprint(str(path)) == first
     path.write_text("ab")
     assert storage.fingerprint(str(path)) != first
+
+
+def test_pattern_is_the_files_that_it_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b-2.tsv", "b-10.tsv", "a[1].tsv", "deep/b-3.tsv"):
+        storage.write_bytes_atomic(str(tmp_path / name), b"")
+    monkeypatch.chdir(tmp_path)
+    assert storage.expand("b-*.tsv") == [str(tmp_path / "b-10.tsv"), str(tmp_path / "b-2.tsv")]
+    assert storage.expand(f"file://{tmp_path}/d*/b-?.tsv") == [str(tmp_path / "deep/b-3.tsv")]
+    assert storage.expand("a[1].tsv") == ["a[1].tsv"]
+    assert storage.expand("none.tsv") == ["none.tsv"]
+    assert storage.expand("*.csv") == storage.expand("dee*") == []
+    assert storage.expand("https://host/list*.tsv?a=[b]") == ["https://host/list*.tsv?a=[b]"]
+
+
+def test_web_is_read_and_never_written_to() -> None:
+    with FileServer() as server:
+        uri = server.url("/a%20b+c.bin")
+        server.files["/a%20b+c.bin"] = b"content"
+        assert storage.absolute(uri) == uri
+        assert storage.open_stream(uri).read(100) == storage.open_input(uri).read(100) == b"content"
+        server.etags["/a%20b+c.bin"] = '"1"'
+        first = storage.fingerprint(uri)
+        assert storage.fingerprint(uri) == first
+        server.etags["/a%20b+c.bin"] = '"2"'
+        assert storage.fingerprint(uri) != first
+        with pytest.raises(OSError, match="HTTP 404"):
+            storage.fingerprint(server.url("/gone"))
+    for write in (
+        lambda: storage.write_bytes_atomic(uri, b""),
+        lambda: storage.delete(uri),
+        lambda: storage.delta_options(uri),
+    ):
+        with pytest.raises(ConfigError, match="can only be read"):
+            write()
 
 
 @pytest.mark.parametrize("uri", ["", "ftp://host/file"])

@@ -46,6 +46,33 @@ def test_list_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
         list(iter_chunks(made, 100))
 
 
+def test_part_that_is_added_meanwhile_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "1.tsv").write_text("http://h/a\tone")
+    made = make_plan(SourceConfig(uri=f"{tmp_path}/*.tsv"), Ledger(str(tmp_path / "table"), now_s=0))
+    assert [chunk["url"].to_pylist() for chunk in iter_chunks(made, 5)] == [["http://h/a"]]
+    (tmp_path / "2.tsv").write_text("")
+    with pytest.raises(WorkError, match="changed while it was read"):
+        list(iter_chunks(made, 5))
+
+
+def test_faults_are_counted_and_the_first_are_kept_with_their_part(tmp_path: Path) -> None:
+    (tmp_path / "1.tsv").write_text("http://h/a\tone\nx\n" + "y\t\n" * 30)
+    (tmp_path / "2.tsv").write_text("z\tz\nhttp://h/b\t\n")
+    made = make_plan(SourceConfig(uri=f"{tmp_path}/*.tsv"), Ledger(str(tmp_path / "table"), now_s=0))
+    assert made.malformed == {"wrong_columns": 1, "not_a_link": 31, "no_caption": 1}
+    assert [(row.line, row.part) for row in made.faults] == [(n, str(tmp_path / "1.tsv")) for n in range(2, 22)]
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 1000])
+def test_chunks_over_many_blocks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", 333)
+    made = plan(tmp_path, [f"http://h/{number % 150}\tcaption {number}" for number in range(300)])
+    chunks = list(iter_chunks(made, chunk_rows))
+    assert {chunk.num_rows for chunk in chunks[:-1]} <= {chunk_rows}
+    assert [row for chunk in chunks for row in chunk["caption"].to_pylist()] == [f"caption {n}" for n in range(150)]
+    assert {row for chunk in chunks for row in chunk["origin"].to_pylist()} == {""}
+
+
 def test_plan_is_small(tmp_path: Path) -> None:
     made = plan(tmp_path, [f"http://h/{number}\tcaption" for number in range(8000)])
     assert made.todo_bits.nbytes == 1000

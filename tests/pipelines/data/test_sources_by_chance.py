@@ -1,0 +1,158 @@
+"""Lists of anything at all, compared with a second reader, and read back as they were written."""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.data.batch import Row
+from pipelines.data.config import SourceConfig
+from pipelines.data.sources import read_list
+from tests.pipelines.data.slow_lists import read_slowly
+
+NAMED = {"url": "url", "caption": "caption"}
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "list"
+
+
+def rows(path: Path, **options: Any) -> list[Row]:
+    return [row for batch in read_list(SourceConfig(uri=str(path), **options)) for row in batch]
+
+
+# What lists are made of, and what they break on.
+LINKS = [
+    b"http://h/a",
+    b"HTTPS://\xc3\xbc.de/",
+    b"https://",
+    b"ftp://x",
+    b"http://\xc2\xa0",
+    b"http://?",
+    b"caption",
+    b"007",
+]
+MARKS = [b"\t", b"\t", b"\t", b",", b",", b",", b'"', b'"', b'""', b"\n", b"\n", b"\n", b"\r\n", b"\r", b" ", b"\x00"]
+ODD = [b"\x1c", b"\xc2\x85", b"\xe2\x80\xa8", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"\xef\xbb\xbf"]
+OBJECTS = [
+    b'{"url": "http://h/a", "caption": "b"}',
+    b'{"caption": 7, "url": "http://h"}',
+    b'{"url": "http://h", "url": "x"',
+    b'{"url": "http://h/\\ud83d\\ude00", "caption": "\\ud800"}',
+    b'{"url":"http://h","caption":"\\u0041"}',
+    b'{"url": ["http://h"], "caption": {"a": "b"}}',
+    b'{"n": 1e999, "caption": "c", "url": "http://h"}',
+    b"[" * 2000,
+]
+JSON_MARKS = [
+    b"{}",
+    b"[1]",
+    b"\n",
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\t",
+    b"NaN",
+    b"{",
+    b"}",
+    b",",
+    b"\xff",
+    b"\xc3\xbc",
+    b"\x0b",
+    b"\\",
+]
+pieces = st.sampled_from([*LINKS, *MARKS, *ODD])
+json_pieces = st.sampled_from([*OBJECTS, *JSON_MARKS])
+
+
+@QUICK
+@given(
+    parts=st.lists(pieces, max_size=60),
+    size=st.integers(1, 80),
+    columns=st.sampled_from([(0, 1), (1, 0), (0, 2), (2, 1)]),
+)
+@pytest.mark.parametrize("kind", ["tsv", "csv"])
+def test_any_bytes_mean_what_the_slow_reader_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, parts: list[bytes], size: int, columns: tuple[int, int]
+) -> None:
+    content = b"http://x\n" + b"".join(parts)
+    path.write_bytes(content)
+    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", size)
+    found = rows(path, format=kind, columns={"url": columns[0], "caption": columns[1]})
+    assert [row.line for row in found] == [*range(1, len(found) + 1)]
+    assert [(row.fault, row.url, row.caption) for row in found] == read_slowly(content, kind, *columns)
+
+
+@QUICK
+@given(parts=st.lists(json_pieces, max_size=40), size=st.integers(1, 80))
+def test_any_json_means_what_the_slow_reader_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[bytes], size: int
+) -> None:
+    content = b"{}\n" + b"".join(parts)
+    path.write_bytes(content)
+    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", size)
+    found = [(row.fault, row.url, row.caption) for row in rows(path, format="jsonl", columns=NAMED)]
+    assert found == read_slowly(content, "jsonl", "url", "caption")
+
+
+links = st.builds(
+    "http{}://{}/{}".format,
+    st.sampled_from(["", "s"]),
+    st.from_regex(r"[a-z0-9.-]{1,9}", fullmatch=True),
+    st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"]), max_size=9),
+)
+captions = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.strip)
+
+
+def write_csv(pairs: list[tuple[str, str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows([("id", "url", "caption"), *(("1", *pair) for pair in pairs)])
+    return text.getvalue().encode()
+
+
+def write_parquet(pairs: list[tuple[str, str]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"caption": [pair[1] for pair in pairs], "url": [pair[0] for pair in pairs]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FORMATS: dict[str, Any] = {
+    "tsv": (lambda pairs: "".join(f"{url}\t{text}\n" for url, text in pairs).encode(), {}),
+    "csv": (write_csv, {"header": True, "columns": NAMED}),
+    "jsonl": (
+        lambda pairs: "\n".join(json.dumps(dict(zip(NAMED, pair, strict=True))) for pair in pairs).encode(),
+        {"columns": NAMED},
+    ),
+    "parquet": (write_parquet, {"columns": NAMED}),
+}
+
+
+@QUICK
+@given(pairs=st.lists(st.tuples(links, captions), min_size=1, max_size=30))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_is_written_is_read(path: Path, kind: str, pairs: list[tuple[str, str]]) -> None:
+    if kind in ("tsv", "csv"):
+        # One line is one row in these, so no caption of theirs has a line end in it.
+        pairs = [(url, text.replace("\n", " ").replace("\r", " ").strip() or "x") for url, text in pairs]
+    write, options = FORMATS[kind]
+    path.write_bytes(write(pairs))
+    found = rows(path, format=kind, **options)
+    assert [(row.url, row.caption, row.fault) for row in found] == [(url, text.strip(), "") for url, text in pairs]
+
+
+def test_spaces_are_the_same_to_arrow_and_to_python() -> None:
+    texts = [f"{char}x{char}" for char in map(chr, range(0x110000)) if not "\ud800" <= char <= "\udfff"]
+    assert pc.utf8_trim_whitespace(pa.array(texts)).to_pylist() == [text.strip() for text in texts]
