@@ -172,7 +172,7 @@ class _Download:
             elif isinstance(result, Failure) and result.retryable:
                 if result.retry_after_s > config.deadline_s:
                     turn.asked_to_wait(result.retry_after_s)
-                wait_s = result.retry_after_s + self._fetcher.random.uniform(0.5, 1.5) * _BACKOFF_S * 2**self._num_tries
+                wait_s = result.retry_after_s + backoff_s(self._num_tries, self._fetcher.random)
                 ends_s = self._timeout.when() or 0.0
                 if self._num_tries == config.retries or asyncio.get_running_loop().time() + wait_s >= ends_s:
                     return result
@@ -240,6 +240,11 @@ class _Download:
         self._timeout.reschedule(None)
         await self._lease.wait(num_bytes)
         self._timeout.reschedule(clock() + left_s)
+
+
+def backoff_s(num_tries: int, rng: random.Random) -> float:
+    """Returns seconds to wait after so many tries, twice as many each time, and never the same for two links."""
+    return rng.uniform(0.5, 1.5) * _BACKOFF_S * 2.0 ** min(num_tries, 30)
 
 
 def _sent_on(url: URL, location: str) -> URL | Failure:
