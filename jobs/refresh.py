@@ -8,7 +8,7 @@ from jobs.cli import run_job
 from pipelines.data.config import RefreshConfig
 
 if TYPE_CHECKING:
-    from pipelines.data.pipeline import RefreshReport
+    from pipelines.data.refresh import RefreshReport
 
 CONFIG = RefreshConfig
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: RefreshConfig) -> "RefreshReport":
     # Imported once the configuration is known to be right: Ray alone takes a second.
-    from pipelines.data.pipeline import refresh
+    from pipelines.data.refresh import refresh
 
     return refresh(config)
 

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import threading
 import warnings
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -17,11 +19,13 @@ from pipelines.data.engine import Engine, Link, NativeEngine, Result
 from pipelines.data.fetch import Failure
 from pipelines.data.filters import CaptionFilter
 from pipelines.data.rows import THUMBNAIL, picture_to_score, rows_of
-from pipelines.data.score import Scorer, check_scores
-from pipelines.data.shards import WrittenShard, pack, shards_to_table, unpack, write_shard
+from pipelines.data.score import Scorer, check_scores, score_columns
+from pipelines.data.shards import WrittenShard, pack, shards_from_table, shards_to_table, unpack, write_shard
 from pipelines.data.table import OUTCOMES
 
 _T = TypeVar("_T")
+CHUNKS_AT_ONCE = 4
+"""Chunks that a worker has in hand: while the slow links of one are waited for, the next are fetched."""
 _STEM = b"mdm.stem"
 _LINK_COLUMNS = ["url", "caption", "origin"]
 
@@ -80,10 +84,17 @@ class FetchWorker:
     def close(self) -> None:
         """Closes the connections and ends the threads; closing again does nothing."""
         if self._thread.is_alive() and not self._loop.is_closed():
-            self._await(self._engine.close())
+            self._await(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._engine.close()
 
     def _await(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -163,6 +174,41 @@ class ScoreWorker:
             return pack(shards_to_table(write_rows(self._table_uri, stem, rows)))
         except MdmError as error:
             return pack(None, str(error))
+
+
+def written_here(
+    config: RefreshConfig, chunks: Iterator[pa.Table], table_uri: str, stem_prefix: str, *, num_threads: int
+) -> Generator[list[WrittenShard]]:
+    """Yields the shards of each chunk as they are written, in order, by one worker in this process.
+
+    Args:
+        config: The refresh.
+        chunks: Of links.
+        table_uri: Where the shards go.
+        stem_prefix: Begins the name of every file.
+        num_threads: Pictures decoded at once.
+
+    Raises:
+        WorkError: Something could not be read or written.
+    """
+    scorer = ScoreWorker(score=config.score, table_uri=table_uri) if score_columns(config.score) else None
+    worker = FetchWorker(
+        config=config, table_uri=table_uri, stem_prefix=stem_prefix, writes=scorer is None, num_threads=num_threads
+    )
+    waiting: deque[Future[pa.Table]] = deque()
+
+    def first() -> list[WrittenShard]:
+        written = waiting.popleft().result()
+        return shards_from_table(unpack(written if scorer is None else scorer(written)))
+
+    # Closed in this order on an error or Ctrl-C: the worker first, so that no thread waits for what is still fetched.
+    with ThreadPoolExecutor(CHUNKS_AT_ONCE) as pool, contextlib.closing(worker):
+        for chunk in chunks:
+            waiting.append(pool.submit(worker, pack(chunk)))
+            if len(waiting) == CHUNKS_AT_ONCE:
+                yield first()
+        while waiting:
+            yield first()
 
 
 def make_engine(config: RefreshConfig, num_threads: int) -> Engine:

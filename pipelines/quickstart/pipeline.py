@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from pipelines.data.pipeline import refresh
+from pipelines.data.refresh import refresh
 from pipelines.embed.pipeline import embed
 from pipelines.evaluate.grids import loss_plot, png_bytes
 from pipelines.evaluate.pipeline import evaluate

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from mdm_core.errors import ConfigError
 from pipelines import cluster
 from pipelines.data.config import RefreshConfig
-from pipelines.data.pipeline import RefreshReport, refresh
+from pipelines.data.refresh import RefreshReport, refresh
 from pipelines.data.table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_refresh import CAPTION, configure, counts, line, rows

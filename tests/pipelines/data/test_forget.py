@@ -10,7 +10,7 @@ from pipelines.data import keys
 from pipelines.data.commit import commit
 from pipelines.data.config import ForgetConfig
 from pipelines.data.forget import forget
-from pipelines.data.pipeline import refresh
+from pipelines.data.refresh import refresh
 from pipelines.data.table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write

@@ -18,7 +18,7 @@ from mdm_core.errors import ConfigError, WorkError
 from pipelines import cluster
 from pipelines.data.config import RefreshConfig
 from pipelines.data.ledger import Ledger
-from pipelines.data.pipeline import RefreshReport, refresh
+from pipelines.data.refresh import RefreshReport, refresh
 from pipelines.data.table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 
@@ -198,7 +198,7 @@ def test_only_what_is_new_or_due_is_fetched(
     }  # fmt: skip
     server.forget()
     lines += [line(url) for url in urls[3:]]
-    monkeypatch.setattr("pipelines.data.pipeline.time.time", lambda now=time.time: now() + 3600)
+    monkeypatch.setattr("pipelines.data.refresh.time.time", lambda now=time.time: now() + 3600)
     report = refresh(configure(tmp_path, lines))
     assert counts(report) == {
         "links": 8, "ok": 3, "filtered": 0, "failed": 1, "duplicate": 0, "malformed": 0, "unchanged": 4,
@@ -218,7 +218,7 @@ def test_only_what_is_new_or_due_is_fetched(
 _DRIVER = """
 import sys
 from pipelines.data.config import RefreshConfig
-from pipelines.data.pipeline import refresh
+from pipelines.data.refresh import refresh
 refresh(RefreshConfig.model_validate_json(sys.stdin.read()))
 """
 

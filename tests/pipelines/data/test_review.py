@@ -5,7 +5,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipelines.data.pipeline import refresh
+from pipelines.data.refresh import refresh
 from pipelines.data.review import grid
 from pipelines.tracking import TrackingConfig
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode

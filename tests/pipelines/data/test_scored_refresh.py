@@ -6,7 +6,7 @@ import pytest
 
 from mdm_core.errors import ConfigError
 from pipelines.data.config import ScoreConfig
-from pipelines.data.pipeline import refresh
+from pipelines.data.refresh import refresh
 from pipelines.data.score import Scorer
 from pipelines.data.table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer

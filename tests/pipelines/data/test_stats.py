@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from jobs.stats import main
-from pipelines.data.pipeline import refresh
+from pipelines.data.refresh import refresh
 from pipelines.data.stats import stats_text, table_stats
 from pipelines.data.table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
