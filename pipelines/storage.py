@@ -6,7 +6,6 @@ a configuration that is logged.
 
 import contextlib
 import errno
-import functools
 import glob
 import hashlib
 import os
@@ -20,6 +19,7 @@ import fsspec
 import pyarrow as pa
 
 from mdm_core.errors import ConfigError, WorkError
+from pipelines import s3
 
 _TEMPORARY_SUFFIX = ".partial"
 # What a web server tells of a file that changes when the file does.
@@ -48,8 +48,8 @@ def open_uri(uri: str) -> tuple[Any, str]:
     if scheme == "http":
         return _http_filesystem(), uri
     path = uri.removeprefix("s3://")
-    _check_bucket(path.partition("/")[0], _s3_endpoint())
-    return _s3_filesystem(), path
+    s3.check_bucket(path.partition("/")[0], s3.endpoint())
+    return s3.filesystem(), path
 
 
 def delta_options(uri: str) -> dict[str, str]:
@@ -62,11 +62,7 @@ def delta_options(uri: str) -> dict[str, str]:
     if _scheme(uri) != "s3":
         return {}
     open_uri(uri)
-    # A commit is a put that fails if the version is there: without it, two refreshes at once would lose one's work.
-    options = {"aws_conditional_put": "etag"}
-    if endpoint := _s3_endpoint():
-        options |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http://")).lower()}
-    return options
+    return s3.delta_options()
 
 
 def exists(uri: str) -> bool:
@@ -158,7 +154,8 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
             _write_local(_local_path(uri), data)
         else:
             filesystem, path = open_uri(uri)
-            filesystem.pipe_file(path, data)
+            with _as_os_error():
+                filesystem.pipe_file(path, data)
     except OSError as error:
         raise _cannot_write(uri, len(data), error) from error
 
@@ -216,72 +213,6 @@ def _scheme(uri: str) -> str:
     if scheme in ("http", "https"):
         return "http"
     raise ConfigError(f"{uri!r} has the scheme {scheme!r}, which is not supported; use a local path or s3://bucket/key")
-
-
-def _s3_endpoint() -> str:
-    """Returns the address of the S3 server; empty for AWS itself."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-
-
-def _s3_filesystem(**options: Any) -> Any:
-    # botocore reads AWS_DEFAULT_REGION only, and deltalake AWS_REGION first.
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    try:
-        return fsspec.filesystem(
-            "s3",
-            endpoint_url=_s3_endpoint() or None,
-            client_kwargs={"region_name": region} if region else {},
-            # Each request is tried so often by botocore, and again by s3fs, where it may pass.
-            config_kwargs={"retries": {"mode": "standard", "total_max_attempts": 4}},
-            # Others write there at the same time: what was listed before says nothing.
-            use_listings_cache=False,
-            **options,
-        )
-    except ImportError as error:
-        raise ConfigError("s3:// needs s3fs, which is not installed; pip install 'mdm[s3]'") from error
-
-
-@functools.cache
-def _check_bucket(bucket: str, endpoint: str) -> None:
-    """Asks once whether a bucket can be used, and says in one message why not: later errors are not so plain."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-    filesystem = _s3_filesystem(skip_instance_cache=True)
-    filesystem.retries = 1
-    where = f"s3://{bucket} at {endpoint or 'AWS'}"
-    try:
-        filesystem.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise ConfigError(
-            f"{where} can't be used: there are no credentials in the environment; "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
-    except (BotoCoreError, ValueError) as error:
-        # ValueError: the address is not one.
-        raise ConfigError(
-            f"{where} can't be reached: no S3 server answers ({error}); correct AWS_ENDPOINT_URL, or unset it for AWS"
-        ) from error
-    except OSError as error:
-        answer = error.__cause__.response["Error"] if isinstance(error.__cause__, ClientError) else {}
-        code = answer.get("Code", "")
-        # A key that may not list may still be allowed to read or to write.
-        if code != "AccessDenied":
-            fix = _S3_FIXES.get(code, "check the bucket's name, AWS_ENDPOINT_URL and the credentials")
-            raise ConfigError(f"{where} can't be used: it answers {code or error}; {fix}") from error
-
-
-_ANOTHER_REGION = "the bucket is in another region: set AWS_REGION"
-_S3_FIXES = {
-    "SignatureDoesNotMatch": "the secret is not that of AWS_ACCESS_KEY_ID: correct AWS_SECRET_ACCESS_KEY",
-    "InvalidAccessKeyId": "the key is not known there: correct AWS_ACCESS_KEY_ID",
-    "ExpiredToken": "renew the credentials, AWS_SESSION_TOKEN too",
-    "InvalidToken": "renew the credentials, AWS_SESSION_TOKEN too",
-    "RequestTimeTooSkewed": "set the clock of this machine",
-    "NoSuchBucket": "make the bucket, or correct its name",
-    "AuthorizationHeaderMalformed": _ANOTHER_REGION,
-    "IllegalLocationConstraintException": _ANOTHER_REGION,
-    "PermanentRedirect": _ANOTHER_REGION,
-}
 
 
 def _check_writable(uri: str) -> None:
