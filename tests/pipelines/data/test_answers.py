@@ -18,7 +18,6 @@ from pipelines.data.fetch import Failure, backoff_s
 from tests.pipelines.data.fetching import fetch, fetch_all
 from tests.pipelines.data.raw_server import End, RawServer, Step, answer, ok
 
-
 DRIP: list[Step] = [b"x", 0.05] * 2000
 STALLS: dict[str, Sequence[Step]] = {
     "/before it": [3600.0],

@@ -204,6 +204,34 @@ def test_turns_are_neither_lost_nor_doubled_by_cancelling() -> None:
     with_hosts(check, per_host=2)
 
 
+def test_one_that_was_refused_does_not_forget_a_host_that_others_are_at() -> None:
+    async def check(hosts: Hosts, clock: Clock) -> None:
+        bad, good = [hosts.turn("host") for _ in range(2)]
+        for turn in (bad, good):
+            await turn.__aenter__()
+            assert turn.start()
+        refused = asyncio.create_task(ask(hosts, "succeeded"))
+        await asyncio.sleep(0)
+        for _ in range(FAILURES_TO_SHUT):
+            bad.failed()
+        good.succeeded()
+        for turn in (bad, good):
+            await turn.__aexit__(None, None, None)
+        assert len(hosts) == 0
+        new = [hosts.turn("host") for _ in range(2)]
+        for turn in new:
+            await turn.__aenter__()
+        assert not await refused
+        third = asyncio.create_task(ask(hosts, "succeeded"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not third.done()
+        await new[0].__aexit__(None, None, None)
+        assert await third
+
+    with_hosts(check, per_host=2)
+
+
 def fetch_each(urls: list[str], **options: Any) -> list[bytes | Failure]:
     """Returns what comes of links that are asked for at once."""
     config = FetchConfig(**{"allow_networks": ("127.0.0.0/8",), "deadline_s": 10.0, "retries": 0} | options)
@@ -289,6 +317,34 @@ def test_redirected_links_keep_to_the_limit_of_the_host_they_are_sent_to() -> No
         urls = [server.url(f"/to/{number}", f"127.0.0.{1 + number % 2}") for number in range(24)]
         assert fetch_each(urls, per_host=3) == [b"slow"] * 24
     assert most == 3
+
+
+def test_links_sent_on_to_a_slow_host_hold_no_place_while_they_wait() -> None:
+    def script(path: str) -> list[Step]:
+        if path == "/to":
+            return [answer("302 There", f"Location: {server.url('/stall', '127.0.0.2')}", "Content-Length: 0")]
+        return [3600.0] if path == "/stall" else [ok(b"quick")]
+
+    async def run() -> list[bytes | Failure]:
+        config = FetchConfig(allow_networks=("127.0.0.0/8",), concurrency=2, per_host=1, deadline_s=60.0)
+        async with Fetcher(config) as fetcher:
+
+            async def one(url: str) -> bytes | Failure:
+                async with fetcher.fetched(url) as body:
+                    return body
+
+            slow = [asyncio.create_task(one(server.url("/to"))) for _ in range(5)]
+            while server.request_lines.count("GET /to HTTP/1.1") < 5:
+                await asyncio.sleep(0.01)
+            quick = asyncio.gather(*(one(server.url("/quick", "127.0.0.3")) for _ in range(10)))
+            results = await asyncio.wait_for(quick, 20)
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+            return results
+
+    with RawServer(script) as server:
+        assert asyncio.run(asyncio.wait_for(run(), 30)) == [b"quick"] * 10
 
 
 def test_links_that_wait_for_their_host_hold_no_place_among_those_fetched() -> None:
