@@ -150,6 +150,8 @@ def _read_parquet(part: str, source: SourceConfig) -> Iterator[Batch]:
     with storage.open_input(part) as file:
         parquet = pq.ParquetFile(file)
         names = parquet.schema_arrow.names
+        if source.format == "img2dataset" and not {"key", "status"} <= set(names):
+            raise ConfigError(f"{part} has no columns key and status, so it is no shard of img2dataset")
         columns = [names[find_column(column, names, part)] for column in wanted]
         for name in columns:
             # A name may stand for two columns though only one was asked for, by its position.
