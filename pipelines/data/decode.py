@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from pipelines.data.colour import apply_profile, is_srgb, to_srgb
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.fetch import Failure
+from pipelines.data.containers import complaint, format_of
+from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
+from pipelines.data.phash import perceptual_hash
+from pipelines.data.resize import resize
 
-# Formats that Pillow reads without running anything else (EPS, for one, would start Ghostscript), and whose size it
-# tells before it decodes anything (ICO decodes what is inside it when it is opened).
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,8 +34,13 @@ _TRANSPOSED = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = {5, 6, 7, 8}
+_JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+# What `format: source` stores as it came; anything else becomes PNG, which loses nothing.
+_KEPT_FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
+_PNG_DEPTH_AT = 24
 _SMALL_PX = 128
-_SRGB = ImageCms.createProfile("sRGB")
+# A JPEG is decoded at a half, a quarter or an eighth where that leaves so many times the size wanted.
+_SPARE = 2
 
 # The limit that counts is the configured one, which is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -50,28 +57,25 @@ class Picture:
     original_width: int
     original_height: int
     phash: int | None = None
-    """Perceptual hash, its 64 bits as a signed number."""
+    """Perceptual hash, its 64 bits as a signed number; none for a flat picture."""
 
 
 def decode(body: bytes, image: ImageConfig, filters: FiltersConfig) -> Picture | Failure:
     """Returns the picture in `body`, resized and encoded as configured, or why there is none."""
+    image_format = format_of(body)
+    if image_format is None:
+        return Failure("not_an_image")
+    if image_format == "HEIF" and not _has_heif():
+        return Failure("heif_not_installed")
+    if reason := complaint(body, image_format):
+        return Failure(reason)
     try:
-        with _open(body) as opened:
-            orientation = _orientation(opened)
-            width, height = opened.size
-            if width * height > image.max_pixels:
+        with _open(body, image_format) as opened:
+            if opened.width * opened.height > image.max_pixels:
                 return Failure("too_many_pixels")
-            if orientation in _SWAPS_SIDES:
-                width, height = height, width
-            if reason := size_reason(width, height, filters):
+            if reason := size_reason(opened.width, opened.height, filters):
                 return Failure(reason, outcome="filtered")
-            target = target_size(width, height, image)
-            pixels = _resize(body, opened, target[::-1] if orientation in _SWAPS_SIDES else target)
-        if orientation in _TRANSPOSED:
-            pixels = pixels.transpose(_TRANSPOSED[orientation])
-        if image.resize == "center_crop":
-            pixels = _center_square(pixels)
-        return Picture(_encode(pixels, image), image.format, *pixels.size, width, height)
+            return _stored(body, opened, image)
     except UnidentifiedImageError:
         return Failure("not_an_image")
     except Exception as error:  # a damaged file raises nearly anything in a decoder
@@ -89,45 +93,76 @@ def target_size(width: int, height: int, image: ImageConfig) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _open(body: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(body), formats=[name for name in _FORMATS if name in _known_formats()])
+def _open(body: bytes, image_format: str) -> Image.Image:
+    formats = ("JPEG", "MPO") if image_format == "JPEG" else (image_format,)
+    return Image.open(io.BytesIO(body), formats=formats)
 
 
 @functools.cache
-def _known_formats() -> frozenset[str]:
-    Image.init()
-    return frozenset(Image.OPEN)
+def _has_heif() -> bool:
+    """Returns whether HEIC files can be read, and makes Pillow read them."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
+
+
+def _stored(body: bytes, opened: Image.Image, image: ImageConfig) -> Picture:
+    is_jpeg = opened.format in ("JPEG", "MPO")
+    if not is_jpeg:
+        if opened.info.get("default_image"):
+            opened.seek(1)  # what lies before the first frame is for programs that know no animations
+        opened.load()
+    orientation = _orientation(opened)
+    swaps_sides = orientation in _SWAPS_SIDES
+    width, height = opened.size[::-1] if swaps_sides else opened.size
+    target = target_size(width, height, image)
+    lying = target[::-1] if swaps_sides else target
+    pixels = _decode_jpeg(body, opened, lying) if is_jpeg else _resize(to_srgb(opened), lying)
+    if orientation in _TRANSPOSED:
+        pixels = pixels.transpose(_TRANSPOSED[orientation])
+    if image.resize == "center_crop":
+        pixels = _center_square(pixels)
+    phash = perceptual_hash(pixels)
+    if image.format == "source" and orientation == 1 and pixels.size == opened.size and _is_plain(body, opened):
+        return Picture(body, _KEPT_FORMATS[str(opened.format)], width, height, width, height, phash)
+    stored_format = _KEPT_FORMATS.get(str(opened.format), "png") if image.format == "source" else image.format
+    data = _encode(pixels.convert("RGB"), stored_format, image.quality)
+    return Picture(data, stored_format, *pixels.size, width, height, phash)
 
 
 def _orientation(opened: Image.Image) -> int:
+    exif = Image.Exif()
     try:
-        return int(opened.getexif().get(_ORIENTATION_TAG, 1))
+        # Not `getexif()`: it decodes a PNG to look for more, and believes XMP, which browsers don't.
+        exif.load(opened.info.get("exif", b"") if opened.format != "TIFF" else b"")  # Pillow turns TIFF itself
+        return int(exif.get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged EXIF, which says nothing of the pixels
         return 1
 
 
-def _resize(body: bytes, opened: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L"):
-        pixels = _decode_jpeg(body, opened, size)
-        pixels = _to_srgb(pixels, opened.info.get("icc_profile"))
-    else:
-        if opened.format == "PNG":
-            # Loading stops at the last pixel and leaves the checksums unread.
-            _open(body).verify()
-        opened.load()
-        pixels = _to_rgb(opened)
-    # The gap lets Pillow average whole blocks first where the result is the same to the eye.
-    return pixels if pixels.size == size else pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+def _is_plain(body: bytes, opened: Image.Image) -> bool:
+    """Returns whether a file, shown as it is, is what would be stored of it."""
+    return (
+        opened.format in _KEPT_FORMATS
+        and opened.mode in ("RGB", "L")
+        and "transparency" not in opened.info
+        and is_srgb(opened.info.get("icc_profile"), opened.mode)
+        and getattr(opened, "n_frames", 1) == 1
+        and not (opened.format == "PNG" and body[_PNG_DEPTH_AT] == 16)
+    )
 
 
 def _decode_jpeg(body: bytes, opened: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Decodes a JPEG at a half, a quarter or an eighth where that leaves at least twice the size wanted."""
+    """Returns a JPEG in sRGB at `size`, decoded no larger than needed."""
     width, height = opened.size
     factor = 1
-    while factor < 8 and width >= 4 * factor * size[0] and height >= 4 * factor * size[1]:
+    while factor < 8 and width >= 2 * _SPARE * factor * size[0] and height >= 2 * _SPARE * factor * size[1]:
         factor *= 2
     options: dict[str, Any] = {"min_width": -(-width // factor), "min_height": -(-height // factor)}
-    colours = "RGB" if opened.mode == "RGB" else "GRAY"
+    colours = _JPEG_COLOURS[opened.mode]
     try:
         array = simplejpeg.decode_jpeg(body, colours, **options)
     except ValueError as error:
@@ -135,53 +170,26 @@ def _decode_jpeg(body: bytes, opened: Image.Image, size: tuple[int, int]) -> Ima
         if "extraneous bytes" not in str(error):
             raise
         array = simplejpeg.decode_jpeg(body, colours, strict=False, **options)
-    return Image.fromarray(array if colours == "RGB" else array[..., 0])
+    if (width, height) != size:
+        # The last pixels of a smaller decoding lie partly outside the picture.
+        array = resize(array, size, (width / factor, height / factor))
+    # CMYK is stored inverted, as Adobe began it and browsers take it.
+    pixels = _as_image(255 - array if colours == "CMYK" else array)
+    return apply_profile(pixels, opened.info.get("icc_profile"))
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    profile = picture.info.get("icc_profile")
-    if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
-        return _scale_deep(picture).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        alpha = picture.getchannel("A")
-        flat = Image.new("RGB", picture.size, "white")
-        flat.paste(_to_srgb(picture.convert("RGB"), profile), mask=alpha)
-        return flat
-    if picture.mode not in ("RGB", "L", "CMYK"):
-        picture = picture.convert("RGB")
-    return _to_srgb(picture, profile)
+def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if picture.size == size:
+        return picture
+    array = np.asarray(picture)
+    return _as_image(resize(array if array.ndim == 3 else array[..., None], size))
 
 
-def _scale_deep(picture: Image.Image) -> Image.Image:
-    """Returns a picture of 16 or 32 bits a channel, integer or float, as 8 bits."""
-    values = np.asarray(picture, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("a picture with values that are not finite")
-    largest = float(values.max())
-    if picture.mode == "F":
-        full_scale = 1.0 if largest <= 1.0 else max(255.0, largest)
-    else:
-        full_scale = 65535.0 if largest <= 65535 else largest
-    return Image.fromarray(np.clip(values * (255.0 / full_scale) + 0.5, 0, 255).astype(np.uint8))
-
-
-def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile and (transform := _transform(profile, picture.mode)) is not None:
-        return transform.apply(picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-@functools.lru_cache(maxsize=64)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Returns the way from a profile to sRGB; none where it is sRGB, is damaged, or does not fit the picture."""
-    try:
-        parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(parsed):
-            return None
-        return ImageCms.buildTransform(parsed, _SRGB, mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return None
+def _as_image(array: npt.NDArray[np.uint8]) -> Image.Image:
+    height, width, channels = array.shape
+    if channels == 4:
+        return Image.frombytes("CMYK", (width, height), array.tobytes())
+    return Image.fromarray(array if channels == 3 else array[..., 0])
 
 
 def _center_square(pixels: Image.Image) -> Image.Image:
@@ -191,15 +199,15 @@ def _center_square(pixels: Image.Image) -> Image.Image:
     return pixels.crop((left, top, left + side, top + side))
 
 
-def _encode(pixels: Image.Image, image: ImageConfig) -> bytes:
-    if image.format == "jpeg":
+def _encode(pixels: Image.Image, image_format: str, quality: int) -> bytes:
+    if image_format == "jpeg":
         # Half the colour resolution shows in small pictures, and costs them few bytes.
         subsampling = "444" if min(pixels.size) < _SMALL_PX else "420"
         array = np.ascontiguousarray(pixels)
-        return bytes(simplejpeg.encode_jpeg(array, quality=image.quality, colorsubsampling=subsampling))
+        return bytes(simplejpeg.encode_jpeg(array, quality=quality, colorsubsampling=subsampling))
     buffer = io.BytesIO()
-    if image.format == "webp":
-        pixels.save(buffer, "WEBP", quality=image.quality)
+    if image_format == "webp":
+        pixels.save(buffer, "WEBP", quality=quality)
     else:
         pixels.save(buffer, "PNG")
     return buffer.getvalue()
