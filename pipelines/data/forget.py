@@ -58,17 +58,17 @@ def forget(config: ForgetConfig) -> ForgetReport:
     SampleTable.open(config.table)
     ids = np.unique(_read_links(config.urls))
     ledger = Ledger(config.table, now_s=time.time(), retry_failed="none")
-    num_before = num_removed = 0
+    num_before = 0
     doomed: list[str] = []
 
     def make_change() -> Change:
-        nonlocal num_before, num_removed
+        nonlocal num_before
         is_known, links = ledger.look_up(ids)
         is_forgotten = is_known & (links["state"] == State.FORGOTTEN)
         num_before = int(is_forgotten.sum())
         change = Change()
         left = ids[~is_forgotten]
-        num_removed = drop_rows(ledger, left, change)
+        drop_rows(ledger, left, change)
         doomed[:] = [shard.path for shard in change.removed]
         if len(left):
             stem = f"{ledger.version + 1:08d}-{FORGOTTEN}"
@@ -80,7 +80,7 @@ def forget(config: ForgetConfig) -> ForgetReport:
 
     ledger.ensure_table()
     # Always a version: a refresh that commits at this moment must notice, and look again.
-    transact(ledger, make_change, {"operation": "forget"}, always=True)
+    num_removed = transact(ledger, make_change, {"operation": "forget"}, always=True).num_dropped
     num_deleted = _delete_files(ledger, ids, doomed)
     return ForgetReport(len(ids), num_removed, num_before, num_deleted, ledger.version + 1)
 

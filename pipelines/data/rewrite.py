@@ -1,7 +1,9 @@
 """Rows of the table that change though nothing is fetched: they go, or their captions become others."""
 
+import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -15,10 +17,11 @@ from pipelines.data.shards import WrittenShard, read_whole, without_pictures, wr
 from pipelines.data.table import Shard
 from pipelines.data.transaction import Change, Tally, transact
 
+_FILES_AT_ONCE = 32
 
-def drop_rows(ledger: Ledger, ids: keys.Keys, change: Change) -> int:
-    """Takes the rows of `ids` out of the files that hold them, as part of `change`, and returns how many they were."""
-    num_dropped = 0
+
+def drop_rows(ledger: Ledger, ids: keys.Keys, change: Change) -> None:
+    """Takes the rows of `ids` out of the files that hold them, as part of `change`."""
     for shard, here in ledger.locate(ids).items() if len(ids) else ():
         if len(here) == shard.num_rows:
             change.replace(shard, [])
@@ -26,8 +29,7 @@ def drop_rows(ledger: Ledger, ids: keys.Keys, change: Change) -> int:
             rows = read_whole(ledger.uri, shard.path, ledger.schema)
             left = rows.filter(pa.array(keys.find(np.sort(here), keys.from_column(rows["id"])) < 0))
             change.replace(shard, [write_shard(ledger.uri, _stem(shard), shard.outcome, left)])
-        num_dropped += len(here)
-    return num_dropped
+        change.num_dropped += len(here)
 
 
 def recaption(ledger: Ledger, captions: Mapping[bytes, str], judge: CaptionFilter, note: Mapping[str, object]) -> Tally:
@@ -36,37 +38,49 @@ def recaption(ledger: Ledger, captions: Mapping[bytes, str], judge: CaptionFilte
     A row whose new caption is filtered loses its picture. Similarities to the old caption are emptied. Links that have
     no row any more count as unchanged.
     """
-
-    def make_change() -> Change:
-        change = Change()
-        num_left = len(captions)
-        for shard, here in ledger.locate(keys.from_bytes(b"".join(captions))).items():
-            written = _recaptioned(ledger, shard, captions, judge, change.tally)
-            change.replace(shard, written)
-            num_left -= len(here)
-        change.tally.add("unchanged", None, num_left)
-        return change
-
-    return transact(ledger, make_change, note).tally
+    tally = Tally()
+    for ids in _by_files(ledger, keys.from_bytes(b"".join(captions))):
+        tally.update(transact(ledger, functools.partial(_recaption, ledger, ids, captions, judge), note).tally)
+    tally.add("unchanged", None, len(captions) - tally.total)
+    return tally
 
 
 def prune(ledger: Ledger, source_name: str, ids: keys.Keys, note: Mapping[str, object]) -> int:
     """Takes the rows of a source whose links are not among `ids` out of the table, and returns how many."""
     listed = np.unique(ids)
+    gone = [keys.empty()]
+    for _, rows in ledger.each_shard(["id", "source"]):
+        own = keys.from_column(rows.filter(pc.equal(rows["source"], source_name))["id"])
+        gone.append(own[keys.find(listed, own) < 0])
     num_dropped = 0
+    for some in _by_files(ledger, np.concatenate(gone)):
 
-    def make_change() -> Change:
-        nonlocal num_dropped
-        change = Change()
-        gone = [keys.empty()]
-        for _, rows in ledger.each_shard(["id", "source"]):
-            own = keys.from_column(rows.filter(pc.equal(rows["source"], source_name))["id"])
-            gone.append(own[keys.find(listed, own) < 0])
-        num_dropped = drop_rows(ledger, np.concatenate(gone), change)
-        return change
+        def drop(some: keys.Keys = some) -> Change:
+            change = Change()
+            drop_rows(ledger, some, change)
+            return change
 
-    transact(ledger, make_change, note)
+        num_dropped += transact(ledger, drop, note).num_dropped
     return num_dropped
+
+
+def _by_files(ledger: Ledger, ids: keys.Keys) -> Iterator[keys.Keys]:
+    """Yields the ids that have rows, those of a few files at a time.
+
+    A transaction that rewrites much would be overtaken by every commit of another refresh, and begin again.
+    """
+    ledger.catch_up()
+    parts = iter(ledger.locate(ids).values())
+    while some := list(itertools.islice(parts, _FILES_AT_ONCE)):
+        yield np.concatenate(some)
+
+
+def _recaption(ledger: Ledger, ids: keys.Keys, captions: Mapping[bytes, str], judge: CaptionFilter) -> Change:
+    change = Change()
+    wanted = {key: captions[key] for key in keys.to_list(ids)}
+    for shard in ledger.locate(ids):
+        change.replace(shard, _recaptioned(ledger, shard, wanted, judge, change.tally))
+    return change
 
 
 def _recaptioned(

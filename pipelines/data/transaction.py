@@ -62,6 +62,8 @@ class Change:
     """Files, not yet of the table, that are of no use once it is made."""
     replaced: list[str] = field(default_factory=list)
     """Those of `added` that hold rows which the table had in `removed`."""
+    num_dropped: int = 0
+    """Rows that went, and did not come back in another file."""
     new_hashes: keys.Keys = field(default_factory=keys.empty)
     new_phashes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
