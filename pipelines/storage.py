@@ -9,6 +9,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from mdm_core.errors import ConfigError, WorkError
 from pipelines import s3
 
 _TEMPORARY_SUFFIX = ".partial"
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 # What a web server tells of a file that changes when the file does.
 _HTTP_VERSION = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
 
@@ -63,6 +65,11 @@ def delta_options(uri: str) -> dict[str, str]:
         return {}
     open_uri(uri)
     return s3.delta_options()
+
+
+def one_line(error: Exception) -> str:
+    """Returns what an error says, in one line; deltalake's have many, and colours."""
+    return " ".join(_COLOURS.sub("", str(error)).replace("↳", ":").split()) or type(error).__name__
 
 
 def exists(uri: str) -> bool:
@@ -299,7 +306,7 @@ def _as_os_error() -> Iterator[None]:
         raise
     except Exception as error:
         # botocore's and aiohttp's errors share no class with anything; a server without ranges is a ValueError.
-        raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise OSError(one_line(error)) from error
 
 
 def _local_path(uri: str) -> Path:

@@ -162,6 +162,20 @@ def test_options_of_deltalake(bucket: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert storage.delta_options("/a/folder") == {}
 
 
+def test_errors_of_deltalake_become_one_line(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltalake import DeltaTable
+
+    options = storage.delta_options(bucket)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-one")
+    with pytest.raises(OSError, match="SignatureDoesNotMatch") as caught:
+        DeltaTable.is_deltatable(f"{bucket}/table", options)
+    told = storage.one_line(caught.value)
+    assert told.startswith("Generic S3 error : Error performing list request : Error performing GET http://127.0.0.1")
+    assert "<Code>SignatureDoesNotMatch</Code>" in told
+    assert not set(told) & {"\n", "\x1b"}
+    assert storage.one_line(ValueError()) == "ValueError"
+
+
 def test_region_is_what_either_variable_says(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         with monkeypatch.context() as patch:
