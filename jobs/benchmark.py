@@ -10,11 +10,12 @@ from jobs.cli import guarded, run_job, say
 from mdm_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipelines.benchmark.config import SampleBenchmarkConfig, TrainBenchmarkConfig
+    from pipelines.benchmark.config import DataBenchmarkConfig, SampleBenchmarkConfig, TrainBenchmarkConfig
 
 BENCHMARKS = {
     "train": ("Time the training step of a network.", "TrainBenchmarkConfig"),
     "sample": ("Time the making of pictures from noise.", "SampleBenchmarkConfig"),
+    "data": ("Time mdm refresh against img2dataset.", "DataBenchmarkConfig"),
 }
 """What can be measured: one line, and the class of its configuration."""
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0] if words and not words[0].startswith("-") else ""
     if name not in BENCHMARKS:
         return guarded("mdm benchmark", lambda: _unknown(name), as_json="--json" in words)
-    return run_job(f"benchmark {name}", words[1:], config_class(name), _run, summary=BENCHMARKS[name][0])
+    run = _run_data if name == "data" else _run_network
+    return run_job(f"benchmark {name}", words[1:], config_class(name), run, summary=BENCHMARKS[name][0])
 
 
 def config_class(name: str) -> Any:
@@ -36,13 +38,22 @@ def config_class(name: str) -> Any:
     return getattr(importlib.import_module("pipelines.benchmark.config"), BENCHMARKS[name][1])
 
 
-def _run(config: "TrainBenchmarkConfig | SampleBenchmarkConfig") -> dict[str, Any]:
+def _run_network(config: "TrainBenchmarkConfig | SampleBenchmarkConfig") -> dict[str, Any]:
     # Imported once the configuration is known to be right.
     from pipelines.benchmark.pipeline import benchmark
     from pipelines.benchmark.report import table
 
     result = benchmark(config)
     print(table(result))
+    return result
+
+
+def _run_data(config: "DataBenchmarkConfig") -> dict[str, Any]:
+    from pipelines.benchmark.data.pipeline import benchmark_data
+    from pipelines.benchmark.data.report import data_table
+
+    result = benchmark_data(config)
+    print(data_table(result))
     return result
 
 

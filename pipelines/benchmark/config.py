@@ -1,6 +1,6 @@
 """What is measured: a network, and the work that is done with it."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -117,3 +117,61 @@ class SampleBenchmarkConfig(NetworkBenchmarkConfig):
     """How much the captions count; 1 is no guidance, which halves the rows that the network sees."""
     warmup_steps: int = Field(default=1, ge=0)
     """Batches ahead of the timed ones."""
+
+
+class DataBenchmarkConfig(Config):
+    """Time `mdm refresh` against img2dataset, and where img2dataset has nothing to set against it."""
+
+    parts: tuple[Literal["px256", "px64", "bad_links", "noop_refresh", "memory"], ...] = Field(
+        default=("px256", "px64", "bad_links", "noop_refresh"), min_length=1
+    )
+    """What is measured, as in px256,noop_refresh: photos to 256 or 64 pixels, a list with bad links, a refresh that
+    finds nothing new, memory for longer and longer lists."""
+    against: Literal["img2dataset", "none"] = "img2dataset"
+    """What is measured beside it, in turn, at photos and bad links."""
+    cores: int = Field(default=1, ge=1)
+    """Cores of each contender; the server and the measuring have the others. Parts without a peer use all of them."""
+    images: int = Field(default=2000, ge=1)
+    """Photos of a run."""
+    rounds: int = Field(default=3, ge=1)
+    """Runs of each contender, in turn; the medians count."""
+    warmup_images: int = Field(default=32, ge=0)
+    """Photos of one run of each ahead of the timed ones, so that all programs are read from the disk."""
+    sample: int = Field(default=200, ge=1)
+    """Photos whose quality is looked at, and whose processor time is taken step by step."""
+    connections: int = Field(default=256, ge=1)
+    """Links fetched at once."""
+    img2dataset_threads: int = Field(default=256, ge=1)
+    """Threads that img2dataset fetches with; 256 is its own choice."""
+    bad_links: int = Field(default=1000, ge=5)
+    """Links of the list with bad ones; one in five is."""
+    deadline_s: float = Field(default=10.0, gt=0)
+    """Seconds for one link of that list."""
+    cap_s: float = Field(default=60.0, gt=0)
+    """Seconds after which img2dataset is stopped at that list."""
+    rows: int = Field(default=1_000_000, ge=1)
+    """Rows of the table in which a refresh finds nothing new."""
+    memory_links: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(2000, 20_000, 200_000), min_length=1)
+    """Lengths of the lists whose memory is measured."""
+    plot: str | None = None
+    """A PNG file for the memory of those."""
+    folder: str | None = None
+    """Where photos, lists and tables lie, to be used again; a temporary folder if empty."""
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _split_parts(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("parts")
+    @classmethod
+    def _check_parts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{','.join(value)} names a part twice; once is enough")
+        return value
+
+    @model_validator(mode="after")
+    def _check_plot(self) -> Self:
+        if self.plot is not None and "memory" not in self.parts:
+            raise ValueError("plot shows the part `memory`, which is not among the parts; add it")
+        return self
