@@ -2,8 +2,6 @@
 
 import asyncio
 from collections import deque
-from types import TracebackType
-from typing import Self
 
 BYTES_IN_FLIGHT = 256 << 20
 """Bytes of bodies, being read or in use, that one process holds: 256 at once of 1 MiB, where pictures on the web have
@@ -26,7 +24,7 @@ class ByteBudget:
         self._waiting: deque[tuple[Lease, int, asyncio.Future[None]]] = deque()
 
     def lease(self) -> "Lease":
-        """Returns the bytes of one body, none so far, given back at the end of its block."""
+        """Returns the bytes of one body, none so far; whoever asks gives them back."""
         return Lease(self)
 
     def take(self, lease: "Lease", num_bytes: int) -> bool:
@@ -77,14 +75,6 @@ class Lease:
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
         self.held_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.give_back()
 
     def take(self, num_bytes: int) -> bool:
         """Returns whether so many more bytes are taken; if not, wait for them."""

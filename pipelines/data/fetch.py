@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +11,7 @@ from yarl import URL
 
 from mdm_core.errors import ConfigError
 from pipelines.data.addresses import AddressGuard, Lookup, PrivateAddressError
-from pipelines.data.budget import BYTES_IN_FLIGHT, ByteBudget, Lease
+from pipelines.data.budget import BYTES_IN_FLIGHT, ByteBudget
 from pipelines.data.config import FetchConfig
 from pipelines.data.connections import open_session
 from pipelines.data.content_encoding import UnknownEncodingError, Unpacker
@@ -77,20 +76,13 @@ class Fetcher:
         if session is not None:
             await session.close()
 
-    @contextlib.asynccontextmanager
-    async def fetched(self, url: str) -> AsyncIterator[bytes | Failure]:
+    def fetched(self, url: str) -> contextlib.AbstractAsyncContextManager[bytes | Failure]:
         """Gives the body that `url` leads to, or why there is none; the deadline runs from its turn on.
 
         Its turn ends with the block: bodies in use count as being fetched, so that no more of them are in memory than
         links are fetched at once.
         """
-        try:
-            target = parse_link(url)
-        except ValueError:
-            yield Failure("bad_url")
-            return
-        with self.budget.lease() as lease, _Download(self, lease) as download:
-            yield await download.result(target)
+        return _Download(self, url)
 
     def session(self) -> aiohttp.ClientSession:
         """Returns the one session, which belongs to the loop that first asks for it."""
@@ -102,23 +94,36 @@ class Fetcher:
 class _Download:
     """One link's way to its body: its turns, its deadline, its redirects and its tries."""
 
-    def __init__(self, fetcher: Fetcher, lease: Lease) -> None:
+    def __init__(self, fetcher: Fetcher, url: str) -> None:
         self._fetcher = fetcher
-        self._lease = lease
+        self._url = url
+        self._lease = fetcher.budget.lease()
         self._left_s = fetcher.config.deadline_s
         self._redirects_left = fetcher.config.max_redirects
         self._num_tries = 0
         self._has_slot = False
 
-    def __enter__(self) -> Self:
-        return self
+    async def __aenter__(self) -> bytes | Failure:
+        try:
+            url = parse_link(self._url)
+        except ValueError:
+            return Failure("bad_url")
+        try:
+            return await self._result(url)
+        except BaseException:
+            self._end()
+            raise
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._lease.give_back()
         self._give_back_slot()
 
-    async def result(self, url: URL) -> bytes | Failure:
+    async def _result(self, url: URL) -> bytes | Failure:
         """Returns the body, or why there is none."""
         result: bytes | Failure | URL = url
         while isinstance(result, URL):
