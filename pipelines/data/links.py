@@ -10,7 +10,7 @@ from urllib.parse import quote, urljoin
 from yarl import URL
 
 # Most links by far; their last label begins with a letter, so they are no address. Links like any other otherwise.
-_PLAIN = re.compile(r"https?://((?:[a-z0-9_-]{1,63}\.)*[a-z][a-z0-9_-]{0,62})/[!\"$-~]*")
+_PLAIN = re.compile(r"https?://((?:[a-z0-9_-]{1,63}\.)*[a-z][a-z0-9_-]{0,62})(?::[1-9][0-9]{0,3})?/[!\"$-~]*")
 _LINK = re.compile(r"(https?)://([^/?#]*)(/[^?#]*)?(\?[^#]*)?(?:#.*)?", re.IGNORECASE | re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@\[\]]+)(?::([0-9]*))?")
 _NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*([a-z0-9_-]{1,63})\.?")
