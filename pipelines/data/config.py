@@ -131,9 +131,10 @@ class VideoConfig(Config):
     num_frames: int = Field(default=16, ge=1, le=1024)
     """Frames of a clip; a video too short for them is filtered."""
     fps: float = Field(default=8.0, gt=0, le=240)
-    """Frames a second of the clip."""
+    """Frames a second of the clip: those on the screen at these times, whatever the video's own rate."""
     scene_cuts: bool = True
-    """Whether a clip must lie between two cuts where the video has room for it."""
+    """Whether the clip is the first stretch between two cuts that has room for it, if there is one in the first four
+    lengths of the clip; else it begins with the video."""
 
 
 class FiltersConfig(Config):
