@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipelines.data.colour import apply_profile, is_srgb, to_srgb
 from pipelines.data.config import FiltersConfig, ImageConfig
@@ -93,7 +93,7 @@ def target_size(width: int, height: int, image: ImageConfig) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _open(body: bytes, image_format: str) -> Image.Image:
+def _open(body: bytes, image_format: str) -> ImageFile.ImageFile:
     formats = ("JPEG", "MPO") if image_format == "JPEG" else (image_format,)
     return Image.open(io.BytesIO(body), formats=formats)
 
@@ -109,18 +109,15 @@ def _has_heif() -> bool:
     return True
 
 
-def _stored(body: bytes, opened: Image.Image, image: ImageConfig) -> Picture:
+def _stored(body: bytes, opened: ImageFile.ImageFile, image: ImageConfig) -> Picture:
     is_jpeg = opened.format in ("JPEG", "MPO")
-    if not is_jpeg:
-        if opened.info.get("default_image"):
-            opened.seek(1)  # what lies before the first frame is for programs that know no animations
-        opened.load()
+    whole = None if is_jpeg else _first_frame(opened)
     orientation = _orientation(opened)
     swaps_sides = orientation in _SWAPS_SIDES
     width, height = opened.size[::-1] if swaps_sides else opened.size
     target = target_size(width, height, image)
     lying = target[::-1] if swaps_sides else target
-    pixels = _decode_jpeg(body, opened, lying) if is_jpeg else _resize(to_srgb(opened), lying)
+    pixels = _decode_jpeg(body, opened, lying) if whole is None else _resize(whole, lying)
     if orientation in _TRANSPOSED:
         pixels = pixels.transpose(_TRANSPOSED[orientation])
     if image.resize == "center_crop":
@@ -133,7 +130,22 @@ def _stored(body: bytes, opened: Image.Image, image: ImageConfig) -> Picture:
     return Picture(data, stored_format, *pixels.size, width, height, phash)
 
 
-def _orientation(opened: Image.Image) -> int:
+def _first_frame(opened: ImageFile.ImageFile) -> Image.Image:
+    """Returns what a file shows first, decoded whole, in sRGB."""
+    if opened.info.get("default_image"):
+        opened.seek(1)  # what lies before the first frame is for programs that know no animations
+    covered = opened.tile[0].extents if opened.format == "GIF" else None
+    opened.load()
+    pixels = to_srgb(opened)
+    if covered in (None, (0, 0, *opened.size)):
+        return pixels
+    # Pillow fills what the first frame leaves out with a colour of its palette, browsers with nothing.
+    canvas = Image.new("RGB", opened.size, "white")
+    canvas.paste(pixels.crop(covered), covered)
+    return canvas
+
+
+def _orientation(opened: ImageFile.ImageFile) -> int:
     exif = Image.Exif()
     try:
         # Not `getexif()`: it decodes a PNG to look for more, and believes XMP, which browsers don't.
@@ -143,7 +155,7 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
-def _is_plain(body: bytes, opened: Image.Image) -> bool:
+def _is_plain(body: bytes, opened: ImageFile.ImageFile) -> bool:
     """Returns whether a file, shown as it is, is what would be stored of it."""
     return (
         opened.format in _KEPT_FORMATS
@@ -155,7 +167,7 @@ def _is_plain(body: bytes, opened: Image.Image) -> bool:
     )
 
 
-def _decode_jpeg(body: bytes, opened: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _decode_jpeg(body: bytes, opened: ImageFile.ImageFile, size: tuple[int, int]) -> Image.Image:
     """Returns a JPEG in sRGB at `size`, decoded no larger than needed."""
     width, height = opened.size
     factor = 1
@@ -209,7 +221,8 @@ def _encode(pixels: Image.Image, image_format: str, quality: int) -> bytes:
     if image_format == "webp":
         pixels.save(buffer, "WEBP", quality=quality)
     else:
-        pixels.save(buffer, "PNG")
+        # Pillow would store the profile that the file came with, which these pixels no longer follow.
+        pixels.save(buffer, "PNG", icc_profile=None)
     return buffer.getvalue()
 
 
