@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipelines.data import keys
 from pipelines.data.config import FiltersConfig
 from pipelines.data.ledger import Ledger
+from pipelines.data.phash import mark_near_repeats
 from pipelines.data.rewrite import drop_rows
 from pipelines.data.shards import NO_PHASH, WrittenShard, read_whole, without_pictures, write_shard
 from pipelines.data.transaction import Change, Tally, transact
@@ -89,8 +90,6 @@ def _repeated(ledger: Ledger, hashes: keys.Keys, change: Change) -> keys.Mask:
 
 def _near(ledger: Ledger, phashes: Any, max_bits: int, change: Change) -> keys.Mask:
     """Marks perceptual hashes near one that the table or an earlier row holds, and notes the others."""
-    from pipelines.data.phash import mark_near_repeats
-
     has_hash = phashes != NO_PHASH
     is_near = np.zeros(len(phashes), bool)
     is_near[has_hash] = mark_near_repeats(phashes[has_hash], max_bits, ledger.phashes())

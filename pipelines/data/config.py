@@ -267,6 +267,14 @@ class RefreshConfig(Config):
     """Where refreshes are told of; null for nowhere."""
 
     @model_validator(mode="after")
+    def _check_video(self) -> Self:
+        if self.video is not None and self.image.format == "source":
+            raise ValueError("image.format=source keeps what came, and frames of a video never came alone; take jpeg")
+        if self.video is not None and (self.source.format == "img2dataset" or self.fetch.engine == "img2dataset"):
+            raise ValueError("img2dataset has pictures only; leave video out, or take the native engine and a list")
+        return self
+
+    @model_validator(mode="after")
     def _check_prune(self) -> Self:
         if self.run.prune and self.run.limit is not None:
             raise ValueError(

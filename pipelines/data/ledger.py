@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,9 @@ from deltalake import DeltaTable
 
 from pipelines import storage
 from pipelines.data import keys
+from pipelines.data.phash import HashIndex
 from pipelines.data.shards import WrittenShard
 from pipelines.data.table import FORGOTTEN, SampleTable, Shard, ensure_table
-
-if TYPE_CHECKING:
-    from pipelines.data.phash import HashIndex
 
 _FIRST_WAIT_S = 3600.0
 _WAIT_GROWTH = 4.0
@@ -150,11 +148,9 @@ class Ledger:
                 self._hashes.add(keys.from_column(rows["sha256"]))
         return self._hashes
 
-    def phashes(self) -> "HashIndex":
+    def phashes(self) -> HashIndex:
         """Returns the perceptual hashes of all pictures of the table."""
         if self._phashes is None:
-            from pipelines.data.phash import HashIndex
-
             self._phashes = HashIndex()
             for _, rows in self.each_shard(["phash"], "ok"):
                 self._phashes.add(_numbers(rows["phash"]))

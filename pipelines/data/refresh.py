@@ -29,7 +29,7 @@ from pipelines.data.ledger import Ledger
 from pipelines.data.plan import Plan, iter_captions, iter_chunks, make_plan
 from pipelines.data.review import Review
 from pipelines.data.rewrite import prune, recaption
-from pipelines.data.score import score_columns
+from pipelines.data.score import score_columns, with_absolute_paths
 from pipelines.data.shards import WrittenShard
 from pipelines.data.sweep import sweep
 from pipelines.data.table import OUTCOMES
@@ -72,13 +72,8 @@ def refresh(config: RefreshConfig) -> RefreshReport:
         WorkError: The table can't be written, or rows went missing.
     """
     started_s = time.time()
-    source = config.source.model_copy(
-        update={
-            "uri": storage.absolute(config.source.uri),
-            "name": config.source.name or PurePosixPath(config.source.uri).name,
-        }
-    )
-    config = config.model_copy(update={"source": source})
+    config = _for_every_process(config)
+    source = config.source
     ledger = Ledger(config.table.uri, now_s=started_s, retry_failed=config.run.retry_failed)
     plan = make_plan(source, ledger, config.run.limit)
     if config.run.prune and not len(plan.ids):
@@ -96,6 +91,19 @@ def refresh(config: RefreshConfig) -> RefreshReport:
         report = _report(plan, tally, ledger, num_pruned, time.time() - started_s)
         review.tell(report.as_dict(), ledger)
     return report
+
+
+def _for_every_process(config: RefreshConfig) -> RefreshConfig:
+    """Returns the same configuration with local paths that mean the same in every process, and a name of the source."""
+    source, filters, score = config.source, config.filters, config.score
+    source = source.model_copy(
+        update={"uri": storage.absolute(source.uri), "name": source.name or PurePosixPath(source.uri).name}
+    )
+    if filters.exclude_hashes is not None:
+        filters = filters.model_copy(update={"exclude_hashes": storage.absolute(filters.exclude_hashes)})
+    if score.clip is not None:
+        score = score.model_copy(update={"clip": with_absolute_paths(score.clip)})
+    return config.model_copy(update={"source": source, "filters": filters, "score": score})
 
 
 def _tell_of_faults(plan: Plan) -> None:

@@ -24,6 +24,7 @@ CLIP_SIMILARITY = "clip_similarity"
 NSFW = "score_nsfw"
 # Takes 100 MB at once, and more gains nothing on a CPU.
 _NSFW_BATCH = 8
+_LOCAL_DIR = "local-dir:"
 
 
 def score_columns(score: ScoreConfig) -> tuple[str, ...]:
@@ -31,6 +32,16 @@ def score_columns(score: ScoreConfig) -> tuple[str, ...]:
     similarity = () if score.clip is None else (CLIP_SIMILARITY,)
     nsfw = (NSFW,) if score.nsfw else ()
     return (*similarity, *nsfw, *(f"score_{name}" for name in score.zero_shot))
+
+
+def with_absolute_paths(clip: ClipConfig) -> ClipConfig:
+    """Returns the same model, whose files are found from any folder."""
+    model, pretrained = clip.model, clip.pretrained
+    if model.startswith(_LOCAL_DIR):
+        model = _LOCAL_DIR + str(Path(model.removeprefix(_LOCAL_DIR)).expanduser().absolute())
+    if pretrained is not None and Path(pretrained).expanduser().is_file():
+        pretrained = str(Path(pretrained).expanduser().absolute())
+    return clip.model_copy(update={"model": model, "pretrained": pretrained})
 
 
 def check_scores(score: ScoreConfig) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import threading
 import warnings
 from collections import deque
@@ -16,12 +17,14 @@ import uvloop
 from mdm_core.errors import MdmError
 from pipelines.data.config import RefreshConfig, ScoreConfig
 from pipelines.data.engine import Engine, Link, NativeEngine, Result
+from pipelines.data.exclusions import Exclusions, read_exclusions
 from pipelines.data.fetch import Failure
 from pipelines.data.filters import CaptionFilter
 from pipelines.data.rows import THUMBNAIL, picture_to_score, rows_of
 from pipelines.data.score import Scorer, check_scores, score_columns
 from pipelines.data.shards import WrittenShard, pack, shards_from_table, shards_to_table, unpack, write_shard
 from pipelines.data.table import OUTCOMES
+from pipelines.data.video import require_av
 
 _T = TypeVar("_T")
 CHUNKS_AT_ONCE = 4
@@ -56,6 +59,7 @@ class FetchWorker:
         self._writes = writes
         self._captions = CaptionFilter(config.filters)
         self._exclusions = _read_exclusions(config.filters.exclude_hashes)
+        _allow_many_files()
         # Pillow warns of odd metadata that does not touch the pixels.
         warnings.filterwarnings("ignore", module="PIL")
         self._engine = make_engine(config, num_threads)
@@ -123,12 +127,15 @@ class FetchWorker:
         return Result(failure=Failure(reason, outcome="filtered"), sha256=result.sha256)
 
 
-def _read_exclusions(uri: str | None) -> Any:
-    if uri is None:
-        return None
-    from pipelines.data.exclusions import read_exclusions
+def _read_exclusions(uri: str | None) -> Exclusions | None:
+    return None if uri is None else read_exclusions(uri)
 
-    return read_exclusions(uri)
+
+def _allow_many_files() -> None:
+    """Raises this process's limit of open files, connections among them, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check(config: RefreshConfig) -> None:
@@ -136,6 +143,8 @@ def check(config: RefreshConfig) -> None:
     check_scores(config.score)
     CaptionFilter(config.filters)
     _read_exclusions(config.filters.exclude_hashes)
+    if config.video is not None:
+        require_av()
     engine = make_engine(config, num_threads=1)
     asyncio.run(engine.close())
 

@@ -19,12 +19,15 @@ def test_scores_are_columns_and_leave_nothing_out(
     tmp_path: Path,
     server: PictureServer,
     weights: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Workers are in another folder.
+    monkeypatch.chdir(weights)
     urls = list(server.add_pictures(7))
     lines = [line(url, f"a picture of waves, number {number}") for number, url in enumerate(urls)]
     plain = configure(tmp_path, lines[:2], run={"shard_rows": 3})
     refresh(plain)
-    score = {"clip": {"model": f"local-dir:{weights / 'own'}", "device": "cpu"}, "nsfw": True}
+    score = {"clip": {"model": "local-dir:own", "device": "cpu"}, "nsfw": True}
     score["zero_shot"] = {"watermark": list(TEXTS)}
     config = configure(tmp_path, [*lines, line(server.url("/missing"))], run={"shard_rows": 3}).model_copy(
         update={"score": ScoreConfig.model_validate(score)}
