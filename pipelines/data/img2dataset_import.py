@@ -59,7 +59,7 @@ class Img2datasetImport:
         results: dict[int, Result] = {}
         for uri, numbers in by_shard.items():
             shard = self._shard(uri)
-            failures = {number: _failure(shard.row(number), self._filters) for number in numbers.values()}
+            failures = {number: _failure(shard.row(number)) for number in numbers.values()}
             pictures = shard.pictures(number for number, failure in failures.items() if failure is None)
             for at, number in numbers.items():
                 failure = failures[number]
@@ -99,8 +99,8 @@ class Img2datasetImport:
         return Result(picture=picture, sha256=sha256)
 
 
-def _failure(row: dict[str, Any], filters: FiltersConfig) -> Failure | None:
-    """Returns why a row has no picture that is worth reading, by its metadata."""
+def _failure(row: dict[str, Any]) -> Failure | None:
+    """Returns why a row has no picture, by its metadata."""
     status, message = row.get("status"), str(row.get("error_message"))
     if status == "failed_to_download":
         return download_failure(message)
@@ -108,9 +108,6 @@ def _failure(row: dict[str, Any], filters: FiltersConfig) -> Failure | None:
         return resize_failure(message)
     if status != "success":
         return Failure("unknown_status")
-    width, height = row.get("original_width"), row.get("original_height")
-    if width and height and (reason := size_reason(width, height, filters)):
-        return Failure(reason, outcome="filtered")
     return None
 
 

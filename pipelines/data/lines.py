@@ -12,6 +12,7 @@ from pipelines import storage
 
 MAX_LINE_BYTES = 16 << 20
 _READ_BYTES = 4 << 20
+_HEAD_BYTES = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _UTF8_MARK = b"\xef\xbb\xbf"
 # What begins like this would be read as rows and rows of nonsense.
@@ -70,13 +71,13 @@ def is_utf8(text: bytes) -> bool:
 
 def _first_block(stream: pa.NativeFile, uri: str) -> bytes:
     block = b""
-    # A server may send less than was asked for.
-    while len(block) < len(b"PAR1") and (more := stream.read(_READ_BYTES)):
+    # A server may send less than was asked for, and what is told of a list must not depend on that.
+    while b"\n" not in block and len(block) < _HEAD_BYTES and (more := stream.read(_READ_BYTES)):
         block += more
     for start, what in _NOT_TEXT.items():
         if block.startswith(start):
             raise ConfigError(f"{uri} {what}")
-    if b"\n" not in block and _LINKS_AFTER_CR.search(block):
+    if b"\n" not in block[:_HEAD_BYTES] and _LINKS_AFTER_CR.search(block[:_HEAD_BYTES]):
         raise ConfigError(f"{uri} ends its lines with CR alone; wanted LF or CRLF, as from tr '\\r' '\\n'")
     return block.removeprefix(_UTF8_MARK)
 

@@ -192,7 +192,7 @@ def test_name_that_leads_to_a_private_address_is_refused(
     server: PictureServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(server.add_pictures(1))
-    answers = {"b.example": ["8.8.8.8", "127.0.0.2"], "a.example": ["127.0.0.2"], "c.example": ["127.0.0.1"]}
+    answers = {"b.example": ["127.0.0.1", "127.0.0.2"], "a.example": ["127.0.0.2"], "c.example": ["127.0.0.1"]}
 
     def look_up(host: str, port: int, **_: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answers[host]]

@@ -10,6 +10,7 @@ import pytest
 from mdm_core.errors import ConfigError
 from pipelines.data.batch import Row
 from pipelines.data.config import SourceConfig
+from pipelines.data.lines import read_blocks
 from pipelines.data.sources import read_list
 
 
@@ -191,6 +192,13 @@ def test_parquet_column_that_is_no_text(tmp_path: Path, values: list[Any]) -> No
 def test_what_is_no_text_is_one_message(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rows(tmp_path / "list.tsv", content)
+
+
+def test_line_that_is_too_long_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.data.lines.MAX_LINE_BYTES", 40)
+    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", 16)
+    (tmp_path / "list").write_bytes(b"one\n" + b"x" * 1000 + b"\ntwo\n")
+    assert list(read_blocks(str(tmp_path / "list"))) == [b"one\n", None, b"two\n"]
 
 
 @pytest.mark.parametrize("size", [7, 64, 1 << 20])
