@@ -37,18 +37,11 @@ _PROBE_PX = 64
 
 
 def check_img2dataset(config: RefreshConfig) -> None:
-    """Returns if img2dataset can do what is asked of it, if anything is; nothing heavy is imported.
+    """Returns if `fetch.engine: img2dataset` can do what is configured; nothing heavy is imported.
 
     Raises:
         ConfigError: It can't.
     """
-    asked_by = "source.format" if config.source.format == "img2dataset" else "fetch.engine"
-    if "img2dataset" not in (config.source.format, config.fetch.engine):
-        return
-    if config.video is not None:
-        raise ConfigError(f"{asked_by}=img2dataset knows no videos; leave out the section video, or {asked_by}")
-    if asked_by == "source.format":
-        return
     if config.image.format == "source":
         raise ConfigError(
             "image.format=source is not known to fetch.engine=img2dataset; wanted jpeg, webp or png, or engine native"

@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -235,13 +236,19 @@ def test_output_of_the_process_is_left_alone(server: PictureServer) -> None:
     assert (os.fstat(1).st_ino, os.fstat(2).st_ino) == tuple(found.st_ino for found in before)
 
 
-def test_what_it_is_asked_for_and_cannot_do_is_refused() -> None:
-    for sections, message in (
-        ({"image": {"format": "source"}}, "wanted jpeg, webp or png"),
-        ({"video": {}}, "fetch.engine=img2dataset knows no videos"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            Img2datasetEngine(config(**sections))
+def test_what_it_is_asked_for_and_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="wanted jpeg, webp or png"):
+        Img2datasetEngine(config(image={"format": "source"}))
+    monkeypatch.setitem(sys.modules, "img2dataset", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'mdm\[img2dataset\]'"):
+        Img2datasetEngine(config())
+    monkeypatch.undo()
+    # Python 3.13 has no module that its resizer imports.
+    monkeypatch.setitem(sys.modules, "img2dataset.resizer", None)
+    monkeypatch.delattr("img2dataset.resizer")
+    with pytest.raises(ConfigError, match=r"fetch.engine=img2dataset can't be used: .*Python 3.11 or 3.12"):
+        Img2datasetEngine(config())
 
 
 def test_sizes_are_filtered_by_what_was_fetched(server: PictureServer) -> None:
