@@ -247,9 +247,10 @@ class Proof:
         rows = num_rows(self.table(name))
         if not process.is_running or rows == self.links.num_links:
             return False
-        pid = process.kill(victim, draw)
+        if (pid := process.kill(victim, draw)) is None:
+            return False
         print(f"      killed {victim} {pid} with {rows:,} of {self.links.num_links:,} rows committed", flush=True)
-        return pid is not None
+        return True
 
     def _check_asked(self, served: Served) -> None:
         links = self.links
