@@ -149,7 +149,7 @@ def _orientation(opened: ImageFile.ImageFile) -> int:
     exif = Image.Exif()
     try:
         # Not `getexif()`: it decodes a PNG to look for more, and believes XMP, which browsers don't.
-        exif.load(opened.info.get("exif", b"") if opened.format != "TIFF" else b"")  # Pillow turns TIFF itself
+        exif.load(opened.info.get("exif", b""))  # of TIFF there is none here: Pillow turns it itself
         return int(exif.get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged EXIF, which says nothing of the pixels
         return 1

@@ -121,6 +121,11 @@ def many_chunks() -> bytes:
     return odd_files.png(64, 64, 8, 0, [bytes(64)] * 64, chunk(b"tEXt", b"a\0b") * 1_000_000)
 
 
+def many_webp_chunks() -> bytes:
+    body = encode(Image.new("RGBA", (8, 8)), "WEBP") + struct.pack("<4sI", b"junk", 0) * 1_000_000
+    return with_header_size(body, 4, "<I", len(body) - 8)
+
+
 def many_segments() -> bytes:
     body = encode(Image.new("RGB", (64, 64)))
     return body[:2] + b"\xff\xe1\0\2" * 4_000_000 + body[2:]
@@ -129,6 +134,12 @@ def many_segments() -> bytes:
 def many_frames() -> bytes:
     frame = odd_files.gif_frame(0, 0, 1, 1, 1)
     return odd_files.gif((64, 64), frame * 1_000_000, palette=bytes(12))
+
+
+def many_boxes(image_format: str) -> bytes:
+    body = encode(Image.new("RGB", (64, 64)), image_format)
+    first = struct.unpack_from(">I", body)[0]
+    return body[:first] + struct.pack(">I4s", 8, b"free") * 1_000_000 + body[first:]
 
 
 BOMBS = {
@@ -146,6 +157,10 @@ BOMBS = {
     "international text of a png": (lambda: compressed_chunk(b"iTXt", b"t\0\1\0\0\0"), {"corrupt"}),
     "many chunks": (many_chunks, {"too_many_parts"}),
     "many segments": (many_segments, {"too_many_parts"}),
+    "many boxes of an avif": (lambda: many_boxes("AVIF"), {"too_many_parts"}),
+    "many boxes of a heic": (lambda: many_boxes("HEIF"), {"too_many_parts"}),
+    "many boxes of a jpeg 2000": (lambda: many_boxes("JPEG2000"), {"too_many_parts"}),
+    "many chunks of a webp": (many_webp_chunks, {"too_many_parts"}),
     "many frames": (many_frames, {"too_many_parts"}),
 }
 

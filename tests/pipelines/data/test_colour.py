@@ -74,7 +74,8 @@ def test_profile_of_inks() -> None:
 
 def test_profile_that_does_not_fit_is_passed_over() -> None:
     colours = swatches(COLOURS)
-    for profile in (odd_files.grey_profile(1.0), odd_files.cmyk_profile({}), b"damaged", bytes(5_000_000)):
+    too_large = odd_files.rgb_profile(odd_files.SRGB_XYZ[:, ::-1], 2.2) + bytes(5_000_000)
+    for profile in (odd_files.grey_profile(1.0), odd_files.cmyk_profile({}), b"damaged", too_large):
         assert np.array_equal(swatch_values(shown(encode(colours, "TIFF", icc_profile=profile))), COLOURS)
 
 

@@ -200,14 +200,14 @@ def test_source_keeps_the_very_bytes(image_format: str, mode: str) -> None:
 def changed() -> dict[str, tuple[bytes, str]]:
     """Files that can't be stored as they came, and the format in which they are."""
     small, exif = draw_picture(1, 90, 60), Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 3
     grey = small.convert("L")
     several = {"save_all": True, "append_images": [draw_picture(2, 90, 60)]}
     return {
         "too large": (FORMATS["jpeg"], "jpeg"),
         "too large webp": (FORMATS["webp"], "webp"),
-        "lying jpeg": (encode(small, exif=exif), "jpeg"),
-        "lying webp": (encode(small, "WEBP", exif=exif), "webp"),
+        "upside down jpeg": (encode(small, exif=exif), "jpeg"),
+        "upside down webp": (encode(small, "WEBP", exif=exif), "webp"),
         "profile": (encode(small, icc_profile=odd_files.rgb_profile(odd_files.P3_XYZ, 1.8)), "jpeg"),
         "grey profile": (encode(grey, icc_profile=odd_files.grey_profile(1.0)), "jpeg"),
         "inks": (encode(small.convert("CMYK")), "jpeg"),
