@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pipelines.benchmark.data.photos import tiny
+from pipelines.benchmark.data.server import PhotoServer
 
 
 def get(url: str) -> bytes:
@@ -80,13 +81,19 @@ def test_trouble_is_what_it_says(photo_server):
     assert photo_server.seen()["kinds"] == {"reset": 1, "stall": 1, "drip": 1}
 
 
+def wait_for(server: PhotoServer, field: str) -> float:
+    """The field's value, once there is one."""
+    for _ in range(1000):
+        if (value := server.seen()[field]) is not None:
+            return float(value)
+        time.sleep(0.01)
+    raise AssertionError(f"the server has no {field} after ten seconds")
+
+
 def test_an_unanswered_request_ends_when_its_client_leaves(photo_server):
     stall = ask(photo_server.url("stall", 1))
-    while photo_server.seen()["requests"] == 0:
-        time.sleep(0.01)
+    wait_for(photo_server, "first_s")
     assert photo_server.seen()["last_s"] is None
     left_s = time.time()
     stall.close()
-    while photo_server.seen()["last_s"] is None:
-        time.sleep(0.01)
-    assert photo_server.seen()["last_s"] >= left_s
+    assert wait_for(photo_server, "last_s") >= left_s
