@@ -19,6 +19,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
@@ -97,7 +98,10 @@ def _for_every_process(config: RefreshConfig) -> RefreshConfig:
     """Returns the same configuration with local paths that mean the same in every process, and a name of the source."""
     source, filters, score = config.source, config.filters, config.score
     source = source.model_copy(
-        update={"uri": storage.absolute(source.uri), "name": source.name or PurePosixPath(source.uri).name}
+        update={
+            "uri": storage.absolute(source.uri),
+            "name": source.name or PurePosixPath(urlsplit(source.uri).path).name,
+        }
     )
     if filters.exclude_hashes is not None:
         filters = filters.model_copy(update={"exclude_hashes": storage.absolute(filters.exclude_hashes)})
@@ -108,7 +112,7 @@ def _for_every_process(config: RefreshConfig) -> RefreshConfig:
 
 def _tell_of_faults(plan: Plan) -> None:
     for row in plan.faults:
-        logger.warning("%s line %d is malformed: %s", plan.source.uri, row.line, row.fault)
+        logger.warning("%s line %d is malformed: %s", row.part, row.line, row.fault)
     if (more := plan.malformed.total() - len(plan.faults)) > 0:
         logger.warning("%s has %d more malformed lines", plan.source.uri, more)
 

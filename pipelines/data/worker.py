@@ -20,6 +20,8 @@ from pipelines.data.engine import Engine, Link, NativeEngine, Result
 from pipelines.data.exclusions import Exclusions, read_exclusions
 from pipelines.data.fetch import Failure
 from pipelines.data.filters import CaptionFilter
+from pipelines.data.img2dataset_engine import Img2datasetEngine, check_img2dataset
+from pipelines.data.img2dataset_import import Img2datasetImport
 from pipelines.data.rows import THUMBNAIL, picture_to_score, rows_of
 from pipelines.data.score import Scorer, check_scores, score_columns
 from pipelines.data.shards import WrittenShard, pack, shards_from_table, shards_to_table, unpack, write_shard
@@ -145,6 +147,8 @@ def check(config: RefreshConfig) -> None:
     _read_exclusions(config.filters.exclude_hashes)
     if config.video is not None:
         require_av()
+    if config.fetch.engine == "img2dataset" and config.source.format != "img2dataset":
+        check_img2dataset(config)
     engine = make_engine(config, num_threads=1)
     asyncio.run(engine.close())
 
@@ -223,13 +227,9 @@ def written_here(
 def make_engine(config: RefreshConfig, num_threads: int) -> Engine:
     """Returns what fetches and decodes as configured."""
     if config.source.format == "img2dataset":
-        from pipelines.data.img2dataset_import import Img2datasetImport
-
         return Img2datasetImport(config)
     if config.fetch.engine == "img2dataset":
-        from pipelines.data.img2dataset_engine import Img2datasetEngine
-
-        return Img2datasetEngine(config)
+        return Img2datasetEngine(config, num_threads=num_threads)
     return NativeEngine(config, num_threads=num_threads)
 
 

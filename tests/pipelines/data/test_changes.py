@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -43,7 +44,7 @@ def test_changed_caption_is_a_new_version_of_the_row_without_a_fetch(tmp_path: P
     new = {row["url"]: row for row in rows(config)}
     assert len(rows(config)) == len(new) == 13
     assert new[urls[3]] == old[urls[3]] | {"caption": "waves of another kind"}
-    gone = {"outcome": "filtered", "reason": "caption_words", "caption": "too short"}
+    gone: dict[str, Any] = {"outcome": "filtered", "reason": "caption_words", "caption": "too short"}
     gone |= dict.fromkeys(("image", "format", "width", "height", "phash"))
     assert new[urls[8]] == old[urls[8]] | gone
     missing = server.url("/missing")

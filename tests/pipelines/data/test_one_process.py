@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,9 +76,12 @@ def test_cluster_that_is_there_is_used(tmp_path: Path, server: PictureServer, mo
 
     calls: list[str] = []
     inner = pipelines.data.pipeline.written_on_cluster
-    monkeypatch.setattr(
-        "pipelines.data.pipeline.written_on_cluster", lambda *args: calls.append("cluster") or inner(*args)
-    )
+
+    def counted(*args: Any) -> Any:
+        calls.append("cluster")
+        return inner(*args)
+
+    monkeypatch.setattr("pipelines.data.pipeline.written_on_cluster", counted)
     urls = list(server.add_pictures(2))
     assert refresh(configure(tmp_path, [line(url) for url in urls], run={"workers": 1})).ok == 2
     assert calls == ["cluster"]
