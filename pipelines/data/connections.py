@@ -26,7 +26,7 @@ def open_session(config: FetchConfig, guard: AddressGuard, lookup: Lookup | None
     # How many links are fetched at once is not the connector's to say, where waiting would use up their deadlines.
     connector = aiohttp.TCPConnector(
         limit=0,
-        ssl=_tls_context(config.verify_tls),
+        ssl=tls_context(config.verify_tls),
         resolver=GuardedResolver(guard, lookup),
         socket_factory=guard.open_socket,
         ttl_dns_cache=_DNS_CACHE_S,
@@ -58,7 +58,7 @@ class _Request(aiohttp.ClientRequest):
 
 
 @functools.cache
-def _tls_context(verify: bool) -> ssl.SSLContext:
+def tls_context(verify: bool) -> ssl.SSLContext:
     """Returns the one context of the process: reading the certificates takes longer than many fetches."""
     context = ssl.create_default_context()
     if not verify:

@@ -15,14 +15,13 @@ from pipelines.data.budget import BYTES_IN_FLIGHT, ByteBudget
 from pipelines.data.config import FetchConfig
 from pipelines.data.connections import open_session
 from pipelines.data.content_encoding import UnknownEncodingError, Unpacker
-from pipelines.data.failure import Failure
+from pipelines.data.failure import STATUSES_THAT_PASS, Failure
 from pipelines.data.headers import opted_out, retry_after_s
 from pipelines.data.hosts import Hosts, Turn
 from pipelines.data.links import follow_link, host_of, parse_link
 
 __all__ = ["Failure", "Fetcher"]
 
-_MAY_PASS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524}
 _ASK_TO_WAIT = {429, 503}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BACKOFF_S = 0.5
@@ -197,7 +196,7 @@ class _Download:
                 if response.status in _REDIRECTS and location is not None:
                     return _sent_on(url, location)
                 wait_s = retry_after_s(response.headers) if response.status in _ASK_TO_WAIT else 0.0
-                return Failure(f"http_{response.status}", response.status in _MAY_PASS, retry_after_s=wait_s)
+                return Failure(f"http_{response.status}", response.status in STATUSES_THAT_PASS, retry_after_s=wait_s)
         except PrivateAddressError:
             return Failure("private_address")
         except aiohttp.ClientConnectorError as error:

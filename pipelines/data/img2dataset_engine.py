@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import os
-import ssl
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from mdm_core.errors import ConfigError, MdmError
 from pipelines.data.config import ImageConfig, RefreshConfig
+from pipelines.data.connections import tls_context
 from pipelines.data.decode import Picture, decode
 from pipelines.data.engine import Link, Result
 from pipelines.data.failure import Failure
@@ -77,10 +77,7 @@ class Img2datasetEngine:
             encode_format=_FORMATS[image.format],
         )
         self._probe = ImageConfig(size_px=_PROBE_PX, max_pixels=image.max_pixels)
-        self._context = ssl.create_default_context()
-        if not config.fetch.verify_tls:
-            self._context.check_hostname = False
-            self._context.verify_mode = ssl.CERT_NONE
+        self._context = tls_context(config.fetch.verify_tls)
         # Twice: threads that wait for the resolver must not take the turns of others.
         self._fetchers = ThreadPoolExecutor(2 * config.fetch.concurrency, thread_name_prefix="fetch")
         self._resizers = ThreadPoolExecutor(num_threads, thread_name_prefix="resize")

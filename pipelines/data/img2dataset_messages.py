@@ -2,9 +2,8 @@
 
 import re
 
-from pipelines.data.failure import Failure
+from pipelines.data.failure import STATUSES_THAT_PASS, Failure
 
-_MAY_PASS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524}
 _STATUS = re.compile(r"HTTP Error (\d{3})")
 # Searched in this order; what urllib, http.client, ssl and the resolver say on Linux, macOS and Windows.
 _DOWNLOAD = (
@@ -41,7 +40,7 @@ def download_failure(message: str) -> Failure:
     """Returns what an `error_message` of status failed_to_download means."""
     found = _search(message, _DOWNLOAD)
     if found is None and (status := _STATUS.search(message)):
-        return Failure(f"http_{status[1]}", retryable=int(status[1]) in _MAY_PASS)
+        return Failure(f"http_{status[1]}", retryable=int(status[1]) in STATUSES_THAT_PASS)
     return found or Failure("bad_response")
 
 
