@@ -180,7 +180,7 @@ def test_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(create())
         return made[-1]
 
-    connections._tls_context.cache_clear()
+    connections.tls_context.cache_clear()
     monkeypatch.setattr(ssl, "create_default_context", counting)
     for _ in range(2):
         assert fetch_all(["https://127.0.0.1:1/"] * 5) == [Failure("connection", True)] * 5

@@ -301,11 +301,11 @@ def test_certificates_are_checked(certificate: Path, monkeypatch: pytest.MonkeyP
         assert fetch(server.url(), allow_networks=LOOPBACK) == [Failure("tls")]
         assert fetch(server.url(), allow_networks=LOOPBACK, verify_tls=False) == [REACHED]
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        connections._tls_context.cache_clear()
+        connections.tls_context.cache_clear()
         assert fetch(server.url(), allow_networks=LOOPBACK) == [REACHED]
         # Trusted, and for another host.
         assert fetch(server.url("/", "127.0.0.2"), allow_networks=LOOPBACK) == [Failure("tls")]
-    connections._tls_context.cache_clear()
+    connections.tls_context.cache_clear()
 
 
 def test_machine_without_certificates_of_authorities_is_told_so(
@@ -313,6 +313,6 @@ def test_machine_without_certificates_of_authorities_is_told_so(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    connections._tls_context.cache_clear()
+    connections.tls_context.cache_clear()
     with pytest.raises(WorkError, match="install ca-certificates"):
         fetch("https://pictures.example/")
