@@ -16,6 +16,7 @@ def running_server() -> Iterator[PictureServer]:
 
 @pytest.fixture
 def server(running_server: PictureServer) -> PictureServer:
-    """The server, with nothing asked of it yet."""
+    """The server, with nothing on it and nothing asked of it yet."""
+    running_server.files.clear()
     running_server.forget()
     return running_server
