@@ -22,6 +22,7 @@ from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
 from pipelines.data.phash import perceptual_hash
 from pipelines.data.resize import resize
+from pipelines.data.scratch import Scratch
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {
@@ -41,6 +42,7 @@ _PNG_DEPTH_AT = 24
 _SMALL_PX = 128
 # A JPEG is decoded at a half, a quarter or an eighth where that leaves so many times the size wanted.
 _SPARE = 2
+_scratch = Scratch()
 
 # The limit that counts is the configured one, which is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -126,7 +128,8 @@ def _stored(body: bytes, opened: ImageFile.ImageFile, image: ImageConfig) -> Pic
     if image.format == "source" and orientation == 1 and pixels.size == opened.size and _is_plain(body, opened):
         return Picture(body, _KEPT_FORMATS[str(opened.format)], width, height, width, height, phash)
     stored_format = _KEPT_FORMATS.get(str(opened.format), "png") if image.format == "source" else image.format
-    data = _encode(pixels.convert("RGB"), stored_format, image.quality)
+    colours = pixels if pixels.mode == "RGB" else pixels.convert("RGB")  # which would copy
+    data = _encode(colours, stored_format, image.quality)
     return Picture(data, stored_format, *pixels.size, width, height, phash)
 
 
@@ -173,8 +176,12 @@ def _decode_jpeg(body: bytes, opened: ImageFile.ImageFile, size: tuple[int, int]
     factor = 1
     while factor < 8 and width >= 2 * _SPARE * factor * size[0] and height >= 2 * _SPARE * factor * size[1]:
         factor *= 2
-    options: dict[str, Any] = {"min_width": -(-width // factor), "min_height": -(-height // factor)}
+    is_resized = (width, height) != size
+    decoded_width, decoded_height = -(-width // factor), -(-height // factor)
+    options: dict[str, Any] = {"min_width": decoded_width, "min_height": decoded_height}
     colours = _JPEG_COLOURS[opened.mode]
+    if is_resized:
+        options["buffer"] = _scratch.bytes("jpeg", decoded_width * decoded_height * len(opened.getbands()))
     try:
         array = simplejpeg.decode_jpeg(body, colours, **options)
     except ValueError as error:
@@ -182,7 +189,7 @@ def _decode_jpeg(body: bytes, opened: ImageFile.ImageFile, size: tuple[int, int]
         if "extraneous bytes" not in str(error):
             raise
         array = simplejpeg.decode_jpeg(body, colours, strict=False, **options)
-    if (width, height) != size:
+    if is_resized:
         # The last pixels of a smaller decoding lie partly outside the picture.
         array = resize(array, size, (width / factor, height / factor))
     # CMYK is stored inverted, as Adobe began it and browsers take it.

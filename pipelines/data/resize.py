@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.data.scratch import Scratch
+
 _LOBES = 3
 _BLOCK = 8
 # Floats that the first pass makes before the second is run: enough to be quick, and little memory for any picture.
 _PASS_FLOATS = 1 << 20
+_scratch = Scratch()
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,18 @@ def resize(
     """
     height, width, channels = pixels.shape
     right, bottom = extent or (width, height)
-    down = _bands(bottom, height, size[1])
-    across = _bands_of_channels(right, width, size[0], channels)
+    down, across = _bands(bottom, height, size[1]), _bands(right, width, size[0])
     rows = pixels.reshape(height, width * channels)
-    resized = np.empty((size[1], size[0] * channels), np.uint8)
+    resized = np.empty((size[1], size[0], channels), np.uint8)
     blocks_at_once = max(1, _PASS_FLOATS // (width * channels * _BLOCK))
     for block in range(0, len(down.starts), blocks_at_once):
         part = resized[block * _BLOCK : (block + blocks_at_once) * _BLOCK]
-        values = _across(_down(rows, down, block, len(part)), across, part.shape[1], channels)
+        columns = _down(rows, down, block, len(part)).reshape(width, channels * len(part))
+        values = _across(columns, across, size[0])
         values += np.float32(0.5)
         np.clip(values, 0, 255, out=values)
-        np.copyto(part, values, casting="unsafe")
-    return resized.reshape(size[1], size[0], channels)
+        part[...] = values.astype(np.uint8).reshape(size[0], channels, len(part)).transpose(2, 0, 1)
+    return resized
 
 
 def lanczos_matrix(length: int, size: int) -> npt.NDArray[np.float32]:
@@ -67,23 +70,24 @@ def lanczos_matrix(length: int, size: int) -> npt.NDArray[np.float32]:
 
 
 def _down(rows: npt.NDArray[np.uint8], bands: _Bands, first_block: int, num_rows: int) -> npt.NDArray[np.float32]:
-    resized = np.empty((num_rows, rows.shape[1]), np.float32)
+    """Returns `num_rows` rows resized from all of `rows`, as columns: the next pass then goes down its rows as well."""
+    resized = _scratch.floats("columns", rows.shape[1], num_rows)
     # Converted a band at a time, which then is still in the processor's cache.
-    band = np.empty((bands.span, rows.shape[1]), np.float32)
+    band = _scratch.floats("band", bands.span, rows.shape[1])
     for at in range(0, num_rows, _BLOCK):
         block = first_block + at // _BLOCK
         band[...] = rows[bands.starts[block] : bands.starts[block] + bands.span]
-        out = resized[at : at + _BLOCK]
-        np.matmul(bands.weights[block, : len(out)], band, out=out)
+        out = resized[:, at : at + _BLOCK]
+        np.matmul(band.T, bands.weights[block, : out.shape[1]].T, out=out)
     return resized
 
 
-def _across(rows: npt.NDArray[np.float32], bands: _Bands, length: int, channels: int) -> npt.NDArray[np.float32]:
-    resized = np.empty((len(rows), length), np.float32)
+def _across(columns: npt.NDArray[np.float32], bands: _Bands, length: int) -> npt.NDArray[np.float32]:
+    """Returns `length` columns resized from all of `columns`, which lie as rows."""
+    resized = _scratch.floats("resized", length, columns.shape[1])
     for block, start in enumerate(bands.starts):
-        out = resized[:, block * _BLOCK * channels : (block + 1) * _BLOCK * channels]
-        band = rows[:, start * channels : (start + bands.span) * channels]
-        np.matmul(band, bands.weights[block, :, : out.shape[1]], out=out)
+        out = resized[block * _BLOCK : (block + 1) * _BLOCK]
+        np.matmul(bands.weights[block, : len(out)], columns[start : start + bands.span], out=out)
     return resized
 
 
@@ -106,14 +110,3 @@ def _bands(extent: float, length: int, size: int) -> _Bands:
     weights[x >= np.float32(_LOBES * np.pi)] = 0
     weights /= weights.sum(axis=-1, keepdims=True)
     return _Bands(starts.tolist(), span, weights)
-
-
-@functools.lru_cache(maxsize=32)
-def _bands_of_channels(extent: float, length: int, size: int, channels: int) -> _Bands:
-    """Returns the bands for rows whose channels lie side by side, to be multiplied from the right."""
-    bands = _bands(extent, length, size)
-    weights = np.zeros((len(bands.starts), bands.span, channels, _BLOCK, channels), np.float32)
-    for channel in range(channels):
-        weights[:, :, channel, :, channel] = bands.weights.transpose(0, 2, 1)
-    shape = (len(bands.starts), bands.span * channels, _BLOCK * channels)
-    return _Bands(bands.starts, bands.span, weights.reshape(shape))

@@ -2,6 +2,7 @@ import io
 import math
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imagehash
@@ -263,3 +264,11 @@ def test_flat_picture_has_no_perceptual_hash() -> None:
     picture = decode(encode(Image.new("RGB", (300, 300), "red")), EXACT, ALL)
     assert isinstance(picture, Picture)
     assert picture.phash is None
+
+
+def test_threads_do_not_get_in_one_anothers_way() -> None:
+    bodies = [encode(draw_picture(number, 900 + 8 * number, 600)) for number in range(8)] * 4
+    one_by_one = [decode(body, EXACT, ALL) for body in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda body: decode(body, EXACT, ALL), bodies)) == one_by_one
+    assert len({picture.data for picture in one_by_one if isinstance(picture, Picture)}) == 8
