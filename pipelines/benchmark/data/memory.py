@@ -54,11 +54,13 @@ def plot_memory(record: Mapping[str, Any], path: Path) -> None:
             [size / 1e9 for _, size in run["over_time"]],
             label=f"{run['links']:,} links, {whole_s:.0f} s",
         )
-    course.set(xlabel="part of the refresh that is done", ylabel="memory of all processes, GB", xlim=(0, 1))
+    course.set(xlabel="part of the time of the refresh", ylabel="memory of all processes, GB", xlim=(0, 1))
     course.legend()
     counts = [run["links"] for run in record["runs"]]
     peaks.plot(counts, [run["peak_bytes"] / 1e9 for run in record["runs"]], marker="o")
     peaks.set(xscale="log", xlabel="links", title="most memory", ylim=(0, None))
+    peaks.set_xticks(counts, [f"{count:,}" for count in counts])
+    peaks.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
