@@ -48,6 +48,13 @@ def test_what_another_client_does_is_seen_at_once(bucket: str, s3_server: S3Serv
     assert storage.list_files(bucket) == []
     other.pipe_file(f"{bucket}/x", b"1")
     assert storage.list_files(bucket) == [f"{bucket}/x"]
+    other.pipe_file(f"{bucket}/y", b"1")
+    assert storage.list_files(bucket) == [f"{bucket}/x", f"{bucket}/y"]
+    # What one process has listed, with the same client.
+    assert s3.filesystem().ls(bucket, detail=False) == [f"{bucket}/{name}".removeprefix("s3://") for name in "xy"]
+    other.rm_file(f"{bucket}/y")
+    assert not storage.exists(f"{bucket}/y")
+    assert storage.list_files(bucket) == [f"{bucket}/x"]
     before = storage.fingerprint(f"{bucket}/x")
     other.pipe_file(f"{bucket}/x", b"2")
     assert storage.fingerprint(f"{bucket}/x") != before
@@ -56,8 +63,8 @@ def test_what_another_client_does_is_seen_at_once(bucket: str, s3_server: S3Serv
 
 
 def test_failing_requests_never_show(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = {f"{bucket}/{number}": bytes([number]) * 50_000 for number in range(15)}
-    with FailingProxy(s3_server.address, percent=25, seed=1) as proxy:
+    contents = {f"{bucket}/{number}": bytes([number]) * 50_000 for number in range(10)}
+    with FailingProxy(s3_server.address, percent=25, seed=8) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         forget()
         for uri, data in contents.items():

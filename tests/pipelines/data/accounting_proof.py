@@ -55,7 +55,7 @@ class Checks:
             print(f"ok    {name}{_brief(wanted)}", flush=True)
         else:
             self.failed.append(name)
-            print(f"FAIL  {name}: {_difference(got, wanted)}", flush=True)
+            print(f"FAIL  {name}: got {got!r}, wanted {wanted!r}", flush=True)
 
     def each(self, name: str, got: Mapping[Any, object], wanted: Mapping[Any, object]) -> None:
         """Compares two mappings, and prints how many values they hold, or the first that differ."""
@@ -78,11 +78,13 @@ class Proof:
         base: URI of the folder for the list and the tables.
         shard_rows: Links a shard.
         deadline_s: Seconds for a link, of which good ones need little even on a busy machine.
+        num_workers: Processes on Ray that fetch; with 1 the refresh fetches itself.
     """
 
     def __init__(
-        self, server: TroubleServer, folder: Path, base: str, *, shard_rows: int, deadline_s: float = 10.0
-    ) -> None:
+        self, server: TroubleServer, folder: Path, base: str, *, shard_rows: int, deadline_s: float = 10.0,
+        num_workers: int = 2,
+    ) -> None:  # fmt: skip
         self.server = server
         self.links: TroubleList = server.links
         self.checks = Checks()
@@ -90,6 +92,7 @@ class Proof:
         self._base = base
         self._shard_rows = shard_rows
         self._deadline_s = deadline_s
+        self._num_workers = num_workers
         self._list = storage.join(base, "list.tsv")
         self._work_s = self._last_work_s = 0.0
         self.peak_driver_bytes = self.peak_worker_bytes = 0
@@ -300,8 +303,7 @@ class Proof:
             },
             "image": {"size_px": _SIZE_PX, "format": "jpeg"},
             "filters": {"min_side_px": MIN_SIDE_PX},
-            # Two, so that they are processes on Ray, whatever the machine.
-            "run": {"shard_rows": self._shard_rows, "commit_every_s": 1, "workers": 2},
+            "run": {"shard_rows": self._shard_rows, "commit_every_s": 1, "workers": self._num_workers},
             "tracking": None,
         }  # fmt: skip
 
@@ -345,7 +347,3 @@ def _stored(row: dict[str, Any]) -> tuple[object, ...]:
 
 def _brief(value: object) -> str:
     return f": {value!r}" if isinstance(value, int) and not isinstance(value, bool) else ""
-
-
-def _difference(got: object, wanted: object) -> str:
-    return f"got {got!r}, wanted {wanted!r}"

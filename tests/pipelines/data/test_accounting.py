@@ -20,19 +20,12 @@ def short_folder() -> Iterator[Path]:
 
 def test_every_link_is_accounted_for_as_the_server_knows(short_folder: Path) -> None:
     with TroubleServer(2000) as server:
-        proof = Proof(server, short_folder, str(short_folder / "data"), shard_rows=250)
+        proof = Proof(server, short_folder, str(short_folder / "data"), shard_rows=250, deadline_s=6)
         proof.check_first("table")
         proof.check_nothing_new("table")
     assert proof.checks.failed == []
     assert proof.checks.num_passed == 23
     assert {server.links.kind(number) for number in range(2000)} == set(KINDS)
-
-
-def test_kills_of_the_driver_and_of_a_worker_change_nothing(short_folder: Path) -> None:
-    with TroubleServer(300, seed=1) as server:
-        proof = Proof(server, short_folder, str(short_folder / "data"), shard_rows=20, deadline_s=5)
-        proof.check_kills(["driver", "worker"], seed=1, work_s=5)
-    assert proof.checks.failed == []
 
 
 def test_what_a_link_is_follows_from_its_number() -> None:

@@ -81,7 +81,7 @@ def test_errors_of_deltalake_are_told_apart(bucket: str, s3_server: S3Server, mo
     assert not may_pass(caught.value)
     seen = set()
     with FailingProxy(s3_server.address, percent=60, seed=3) as proxy:
-        for _ in range(40):
+        for _ in range(20):
             try:
                 DeltaTable.is_deltatable(f"{bucket}/t", options | {"AWS_ENDPOINT_URL": proxy.endpoint})
             except OSError as error:
@@ -98,7 +98,7 @@ from tests.pipelines.data.test_commit import ledger, write
 
 uri, name = sys.argv[1:]
 own = ledger(uri)
-for number in range(6):
+for number in range(4):
     names = [f"{name}-{number}-{k}" for k in range(3)] + [f"shared-{number}"]
     assert commit(own, [write(uri, number, names)], FiltersConfig()).total == 4
 """
@@ -115,6 +115,6 @@ def test_two_writers_through_failing_requests_lose_nothing(
         command = [sys.executable, "-c", _WRITER, uri]
         writers = [subprocess.Popen([*command, name], env=environment) for name in ("one", "two")]
         assert [writer.wait() for writer in writers] == [0, 0]
-    names = {f"{name}-{number}-{k}" for name in ("one", "two") for number in range(6) for k in range(3)}
-    assert links(uri) == sorted(names | {f"shared-{number}" for number in range(6)})
+    names = {f"{name}-{number}-{k}" for name in ("one", "two") for number in range(4) for k in range(3)}
+    assert links(uri) == sorted(names | {f"shared-{number}" for number in range(4)})
     assert proxy.num_failed > 10
