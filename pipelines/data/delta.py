@@ -38,4 +38,4 @@ def patiently(call: Callable[[], _T]) -> _T:
 
 def may_pass(error: Exception) -> bool:
     """Returns whether a connection broke: the server did not refuse, and nothing is wrong with the table."""
-    return "HTTP error" in str(error)
+    return any(words in str(error) for words in ("HTTP error", "response body"))

@@ -14,6 +14,7 @@ from deltalake import DeltaTable
 
 from pipelines import storage
 from pipelines.data import keys
+from pipelines.data.delta import patiently
 from pipelines.data.phash import HashIndex
 from pipelines.data.shards import WrittenShard
 from pipelines.data.table import FORGOTTEN, SampleTable, Shard, ensure_table
@@ -75,7 +76,7 @@ class Ledger:
         self._written_here: set[str] = set()
         self._rewritten_here: set[str] = set()
         self._written_elsewhere: dict[bytes, int] = {}
-        if DeltaTable.is_deltatable(self.uri, storage.delta_options(self.uri)):
+        if patiently(lambda: DeltaTable.is_deltatable(self.uri, storage.delta_options(self.uri))):
             self._read(self._advance())
 
     @property

@@ -14,6 +14,7 @@ from deltalake.exceptions import DeltaError
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
+from pipelines.data.delta import patiently
 
 OUTCOMES = ("ok", "filtered", "failed")
 
@@ -92,10 +93,10 @@ class SampleTable:
         """
         uri = storage.absolute(uri)
         options = storage.delta_options(uri)
-        if not DeltaTable.is_deltatable(uri, options):
+        if not patiently(lambda: DeltaTable.is_deltatable(uri, options)):
             raise ConfigError(f"{uri} is not a table: it has no _delta_log; make one with `mdm refresh`")
         try:
-            delta = DeltaTable(uri, version=version, storage_options=options)
+            delta = patiently(lambda: DeltaTable(uri, version=version, storage_options=options))
         except (DeltaError, OSError, ValueError) as error:
             raise _cannot_open(uri, version, options, error) from error
         found = pa.schema(delta.schema().to_arrow())
@@ -162,7 +163,7 @@ def ensure_table(uri: str, scores: Iterable[str] = ()) -> None:
     """
     options = storage.delta_options(uri)
     try:
-        if not DeltaTable.is_deltatable(uri, options):
+        if not patiently(lambda: DeltaTable.is_deltatable(uri, options)):
             DeltaTable.create(
                 uri,
                 schema_with(scores),

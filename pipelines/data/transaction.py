@@ -16,6 +16,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from mdm_core.errors import WorkError
 from pipelines import storage
 from pipelines.data import keys
+from pipelines.data.delta import patiently
 from pipelines.data.ledger import Ledger
 from pipelines.data.shards import WrittenShard
 from pipelines.data.table import NOTE, SampleTable, Shard
@@ -122,7 +123,7 @@ def _commit_once(ledger: Ledger, change: Change, note: Mapping[str, object], *, 
     for gone in change.removed:
         actions.append(RemoveAction(gone.path, True, now_ms, partition_values={"outcome": gone.outcome}))
     options = storage.delta_options(ledger.uri)
-    delta = DeltaTable(ledger.uri, version=ledger.version, storage_options=options)
+    delta = patiently(lambda: DeltaTable(ledger.uri, version=ledger.version, storage_options=options))
     token = f"{random.getrandbits(64):016x}"
     try:
         # No tries of its own: it would put the change on top of a version that was not looked at.
@@ -135,7 +136,7 @@ def _commit_once(ledger: Ledger, change: Change, note: Mapping[str, object], *, 
         if latest.version == ledger.version:
             raise WorkError(f"could not commit to {ledger.uri}: {error}") from error
         # An answer that was lost on its way back is not a commit that failed.
-        return any(entry.get("token") == token for entry in latest.notes(since=ledger.version))
+        return any(entry.get("token") == token for entry in patiently(lambda: latest.notes(since=ledger.version)))
     return True
 
 
