@@ -91,7 +91,12 @@ def run_job(
         if show_config:
             print(f"# mdm {command}, the configuration in full:\n{dump_config(config)}", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(sys.stderr):
-            report = work(config)
+            try:
+                report = work(config)
+            finally:
+                # Here, and not at exit: when Ray ends it tells what it held back, on stdout.
+                if cluster := sys.modules.get("pipelines.cluster"):
+                    cluster.disconnect()
         result = report if isinstance(report, dict) else report.as_dict()
         return dict(json.loads(json.dumps(result, default=_plain)))
 

@@ -144,7 +144,7 @@ class SampleTable:
         """Returns what made each version after `since`, oldest first: `version`, `timestamp_s` and what was noted."""
         limit = None if since < 0 else max(1, self.version - since)
         entries = []
-        for entry in reversed(self._delta.history(limit)):
+        for entry in reversed(patiently(lambda: self._delta.history(limit))):
             note = json.loads(entry.get(NOTE) or "{}")
             entries.append({**note, "version": entry["version"], "timestamp_s": entry["timestamp"] / 1000})
         return [entry for entry in entries if entry["version"] > since]
@@ -161,32 +161,37 @@ def ensure_table(uri: str, scores: Iterable[str] = ()) -> None:
     Raises:
         WorkError: It can't be written there.
     """
-    options = storage.delta_options(uri)
     try:
-        if not patiently(lambda: DeltaTable.is_deltatable(uri, options)):
-            DeltaTable.create(
-                uri,
-                schema_with(scores),
-                mode="ignore",
-                partition_by=["outcome"],
-                # A version is what a model was trained on, so the log that leads to it is kept.
-                configuration={"delta.logRetentionDuration": "interval 36500 days"},
-                storage_options=options,
-            )
-        delta = DeltaTable(uri, storage_options=options)
-        names = pa.schema(delta.schema().to_arrow()).names
-        if lacking := [field for field in schema_with(scores) if field.name not in names]:
-            delta.alter.add_columns(list(Schema.from_arrow(pa.schema(lacking)).fields))
+        # Made twice it is made once: what is there is left.
+        patiently(lambda: _ensure_table(uri, scores))
     except (DeltaError, OSError) as error:
-        raise WorkError(f"could not make a table at {uri}: {error}") from error
+        raise WorkError(f"could not make a table at {uri}: {storage.one_line(error)}") from error
+
+
+def _ensure_table(uri: str, scores: Iterable[str]) -> None:
+    options = storage.delta_options(uri)
+    if not DeltaTable.is_deltatable(uri, options):
+        DeltaTable.create(
+            uri,
+            schema_with(scores),
+            mode="ignore",
+            partition_by=["outcome"],
+            # A version is what a model was trained on, so the log that leads to it is kept.
+            configuration={"delta.logRetentionDuration": "interval 36500 days"},
+            storage_options=options,
+        )
+    delta = DeltaTable(uri, storage_options=options)
+    names = pa.schema(delta.schema().to_arrow()).names
+    if lacking := [field for field in schema_with(scores) if field.name not in names]:
+        delta.alter.add_columns(list(Schema.from_arrow(pa.schema(lacking)).fields))
 
 
 def _cannot_open(uri: str, version: int | None, options: dict[str, str], error: Exception) -> ConfigError:
     if version is not None:
         with contextlib.suppress(DeltaError, OSError, ValueError):
-            latest = DeltaTable(uri, storage_options=options).version()
+            latest = patiently(lambda: DeltaTable(uri, storage_options=options)).version()
             return ConfigError(f"{uri} has no version {version}; the latest is {latest}")
-    reason = str(error).splitlines()[0]
+    reason = storage.one_line(error)
     return ConfigError(
         f"the log of the table {uri} can't be read: {reason}; restore its _delta_log, or use another URI"
     )

@@ -16,7 +16,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from mdm_core.errors import WorkError
 from pipelines import storage
 from pipelines.data import keys
-from pipelines.data.delta import patiently
+from pipelines.data.delta import may_pass, patiently
 from pipelines.data.ledger import Ledger
 from pipelines.data.shards import WrittenShard
 from pipelines.data.table import NOTE, SampleTable, Shard
@@ -96,7 +96,8 @@ def transact(
         change = make_change()
         if _commit_once(ledger, change, note or {}, always=always):
             ledger.record(change.added, change.new_hashes, change.new_phashes, change.replaced)
-            _delete(ledger.uri, change.superseded)
+            # A commit that was taken for lost, and arrived after all, has made some of them part of the table.
+            _delete(ledger.uri, [path for path in change.superseded if path not in ledger.paths])
             return change
         # Another writer was first, and what it committed may concern these links.
         _delete(ledger.uri, change.rewritten)
@@ -134,7 +135,11 @@ def _commit_once(ledger: Ledger, change: Change, note: Mapping[str, object], *, 
     except (CommitFailedError, DeltaError, OSError) as error:
         latest = SampleTable.open(ledger.uri)
         if latest.version == ledger.version:
-            raise WorkError(f"could not commit to {ledger.uri}: {error}") from error
+            if not may_pass(error):
+                raise WorkError(f"could not commit to {ledger.uri}: {storage.one_line(error)}") from error
+            # It may yet arrive, and then needs its files; if it does not, they are swept.
+            change.rewritten.clear()
+            return False
         # An answer that was lost on its way back is not a commit that failed.
         return any(entry.get("token") == token for entry in patiently(lambda: latest.notes(since=ledger.version)))
     return True

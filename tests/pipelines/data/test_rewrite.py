@@ -1,8 +1,10 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from deltalake import DeltaTable
 
 from pipelines.data import keys, transaction
 from pipelines.data.commit import commit
@@ -75,3 +77,29 @@ def test_pruning_a_table_of_many_files(uri: str) -> None:
     assert prune(ledger(uri), "test", listed, {}) == 41
     assert links(uri) == sorted(f"a{chunk}" for chunk in range(39))
     assert prune(ledger(uri), "test", np.unique(listed), {}) == 0
+
+
+def test_commit_that_arrives_after_it_was_taken_for_lost_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "late")
+    own = ledger(uri)
+    commit(own, [write(uri, 0, ["a"])], ONCE)
+    send = DeltaTable.create_write_transaction
+    catch_up = Ledger.catch_up
+    under_way: list[Callable[[], None]] = []
+
+    def lost(delta: DeltaTable, *args: Any, **options: Any) -> None:
+        monkeypatch.setattr(DeltaTable, "create_write_transaction", send)
+        under_way.append(lambda: send(delta, *args, **options))
+        raise OSError("HTTP error: connection reset")
+
+    def after_it_arrived(ledger: Ledger) -> None:
+        while under_way:
+            under_way.pop()()
+        catch_up(ledger)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", lost)
+    monkeypatch.setattr(Ledger, "catch_up", after_it_arrived)
+    assert commit(own, [write(uri, 1, ["b", "c"])], ONCE).total == 2
+    assert captions(uri) == {"a": "a", "b": "b", "c": "c"}
