@@ -65,7 +65,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [_headline(result)]
     contenders = {label: result[label] for label in ("ours", "plain") if label in result}
     if contenders:
-        lines += _aligned([["", *contenders], *_rows(contenders)])
+        lines += aligned([["", *contenders], *_rows(contenders)])
     if "step_ratio" in result:
         lines.append(f"{result['step_ratio']:.2f} × the speed, {result['memory_ratio']:.2f} × the memory")
     if "saved_bytes_by_level" in result:
@@ -74,15 +74,15 @@ def table(result: Mapping[str, Any]) -> str:
             "",
             "kept for the backward pass" + (", and memory at its peak while the level runs:" if peaks else ":"),
         ]
-        lines += _aligned(
+        lines += aligned(
             [
-                [name, _bytes(kept), *([_bytes(peaks[name]) if name in peaks else ""] if peaks else [])]
+                [name, format_bytes(kept), *([format_bytes(peaks[name]) if name in peaks else ""] if peaks else [])]
                 for name, kept in result["saved_bytes_by_level"].items()
             ]
         )
-        lines += _aligned(
+        lines += aligned(
             [
-                [title, _bytes(result[key])]
+                [title, format_bytes(result[key])]
                 for title, key in (
                     ("in all", "saved_bytes"),
                     ("without --checkpoint", "saved_bytes_without_checkpoint"),
@@ -132,8 +132,8 @@ def _rows(contenders: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         row("GFLOP/s", lambda r: f"{r['flops_per_s'] / 1e9:,.4g}"),
         row("of the device's peak", lambda r: _share(r["share_of_peak"])),
         row("of the measured peak", lambda r: _share(r["share_of_measured_peak"])),
-        row("peak memory", lambda r: _bytes(r["peak_memory_bytes"])),
-        row("of it before the network", lambda r: _bytes(r["memory_before_bytes"])),
+        row("peak memory", lambda r: format_bytes(r["peak_memory_bytes"])),
+        row("of it before the network", lambda r: format_bytes(r["memory_before_bytes"])),
         row("network calls a step", lambda r: str(r["network_calls_per_step"])),
         row("attention", lambda r: ", ".join(r["attention_kernels"]).replace("_scaled_dot_product_", "") or "unfused"),
     ]
@@ -143,11 +143,13 @@ def _share(share: float | None) -> str:
     return "not known" if share is None else f"{share:.1%}"
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Returns a size to read."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a line for each row, the first column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     return [
         "  "

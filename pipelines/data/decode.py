@@ -123,13 +123,13 @@ def _stored(body: bytes, opened: ImageFile.ImageFile, image: ImageConfig) -> Pic
     if orientation in _TRANSPOSED:
         pixels = pixels.transpose(_TRANSPOSED[orientation])
     if image.resize == "center_crop":
-        pixels = _center_square(pixels)
+        pixels = center_square(pixels)
     phash = perceptual_hash(pixels)
     if image.format == "source" and orientation == 1 and pixels.size == opened.size and _is_plain(body, opened):
         return Picture(body, _KEPT_FORMATS[str(opened.format)], width, height, width, height, phash)
     stored_format = _KEPT_FORMATS.get(str(opened.format), "png") if image.format == "source" else image.format
     colours = pixels if pixels.mode == "RGB" else pixels.convert("RGB")  # which would copy
-    data = _encode(colours, stored_format, image.quality)
+    data = encode_pixels(colours, stored_format, image.quality)
     return Picture(data, stored_format, *pixels.size, width, height, phash)
 
 
@@ -211,14 +211,16 @@ def _as_image(array: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(array if channels == 3 else array[..., 0])
 
 
-def _center_square(pixels: Image.Image) -> Image.Image:
+def center_square(pixels: Image.Image) -> Image.Image:
+    """Returns the largest square in the middle."""
     width, height = pixels.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return pixels.crop((left, top, left + side, top + side))
 
 
-def _encode(pixels: Image.Image, image_format: str, quality: int) -> bytes:
+def encode_pixels(pixels: Image.Image, image_format: str, quality: int) -> bytes:
+    """Returns RGB pixels as a jpeg, webp or png; of png the quality is no matter."""
     if image_format == "jpeg":
         # Half the colour resolution shows in small pictures, and costs them few bytes.
         subsampling = "444" if min(pixels.size) < _SMALL_PX else "420"

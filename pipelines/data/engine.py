@@ -9,7 +9,8 @@ from typing import Protocol
 
 from pipelines.data.config import RefreshConfig
 from pipelines.data.decode import Picture, decode
-from pipelines.data.fetch import Failure, Fetcher
+from pipelines.data.failure import Failure
+from pipelines.data.fetch import Fetcher
 from pipelines.data.review import make_thumbnail
 from pipelines.data.video import Clip, decode_clip
 

@@ -20,8 +20,6 @@ from pipelines.data.headers import opted_out, retry_after_s
 from pipelines.data.hosts import Hosts, Turn
 from pipelines.data.links import follow_link, host_of, parse_link
 
-__all__ = ["Failure", "Fetcher"]
-
 _ASK_TO_WAIT = {429, 503}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BACKOFF_S = 0.5

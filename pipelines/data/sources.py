@@ -51,7 +51,7 @@ def read_list(source: SourceConfig, limit: int | None = None) -> Iterator[Batch]
                 if num_rows == limit:
                     return
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ConfigError(f"{part} cannot be read as {source.format}: {_one_line(error)}") from error
+            raise ConfigError(f"{part} cannot be read as {source.format}: {storage.one_line(error)}") from error
         except OSError as error:
             raise _unreadable(part, error) from error
 
@@ -80,11 +80,7 @@ def _pattern(source: SourceConfig) -> str:
 
 
 def _unreadable(uri: str, error: OSError) -> ConfigError:
-    return ConfigError(f"the list {uri} cannot be read: {error.strerror or _one_line(error)}; check source.uri")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return ConfigError(f"the list {uri} cannot be read: {error.strerror or storage.one_line(error)}; check source.uri")
 
 
 def _read_jsonl(part: str, source: SourceConfig) -> Iterator[Batch]:

@@ -1,18 +1,16 @@
 """The frames of a video that a clip needs: which they are, and how they look."""
 
-import io
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.data.config import ImageConfig, VideoConfig
-from pipelines.data.decode import target_size
+from pipelines.data.decode import center_square, encode_pixels, target_size
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -33,7 +31,6 @@ _MAX_RATE = 240
 _HD_PX = 720
 # The matrices that libswscale tells apart, by H.273's numbers.
 _KNOWN_MATRICES = (1, 4, 5, 6, 7, 9)
-_SMALL_PX = 128
 _UPRIGHT = (1, 0, 0, 1)
 _TRANSPOSED = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -155,7 +152,7 @@ class Renderer:
         if self._last is None or self._last[0] is not frame:
             pixels = self._pixels(frame)
             self.stored_size = pixels.size
-            self._last = (frame, _encode(pixels, self._image), pixels)
+            self._last = (frame, encode_pixels(pixels, self._image.format, self._image.quality), pixels)
         return self._last[1:]
 
     def _pixels(self, frame: "VideoFrame") -> Image.Image:
@@ -173,9 +170,7 @@ class Renderer:
         if self._transposed is not None:
             pixels = pixels.transpose(self._transposed)
         if self._image.resize == "center_crop":
-            side = min(pixels.size)
-            left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
-            pixels = pixels.crop((left, top, left + side, top + side))
+            pixels = center_square(pixels)
         return pixels
 
 
@@ -203,16 +198,3 @@ def _colours(frame: "VideoFrame") -> dict[str, Any]:
         "src_color_range": ColorRange.JPEG if is_full else ColorRange.MPEG,
         "dst_color_range": ColorRange.JPEG,
     }
-
-
-def _encode(pixels: Image.Image, image: ImageConfig) -> bytes:
-    if image.format == "jpeg":
-        subsampling = "444" if min(pixels.size) < _SMALL_PX else "420"
-        array = np.ascontiguousarray(pixels)
-        return bytes(simplejpeg.encode_jpeg(array, quality=image.quality, colorsubsampling=subsampling))
-    buffer = io.BytesIO()
-    if image.format == "webp":
-        pixels.save(buffer, "WEBP", quality=image.quality)
-    else:
-        pixels.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -18,7 +18,7 @@ from mdm_core.errors import MdmError
 from pipelines.data.config import RefreshConfig, ScoreConfig
 from pipelines.data.engine import Engine, Link, NativeEngine, Result
 from pipelines.data.exclusions import Exclusions, read_exclusions
-from pipelines.data.fetch import Failure
+from pipelines.data.failure import Failure
 from pipelines.data.filters import CaptionFilter
 from pipelines.data.img2dataset_engine import Img2datasetEngine, check_img2dataset
 from pipelines.data.img2dataset_import import Img2datasetImport

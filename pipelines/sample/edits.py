@@ -18,7 +18,7 @@ from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.config import FiltersConfig, ImageConfig
 from pipelines.data.decode import decode
-from pipelines.data.fetch import Failure
+from pipelines.data.failure import Failure
 from pipelines.sample.config import SampleConfig
 from pipelines.train.batches import decode_square
 

@@ -1,7 +1,6 @@
 """A refresh that finds nothing new: a large table, and the list of the very links that it holds."""
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from deltalake import DeltaTable
-from deltalake.transaction import AddAction, RemoveAction
 
 from mdm_core.errors import WorkError
 from pipelines.benchmark.data.contenders import SHARD_ROWS, Cores, refresh_config, run_native
 from pipelines.benchmark.data.photos import tiny
 from pipelines.data import keys
+from pipelines.data.commit import commit
+from pipelines.data.config import FiltersConfig
+from pipelines.data.ledger import Ledger
 from pipelines.data.shards import WrittenShard, write_shard
 from pipelines.data.table import SCHEMA, SampleTable
 
@@ -63,7 +63,7 @@ def make_table(folder: Path, rows: int) -> tuple[Path, Path]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shards = list(pool.map(write, starts))
-    _commit(str(table), shards)
+    commit(Ledger(str(table), now_s=time.time()), shards, FiltersConfig(exact_duplicates=False))
     partial = links.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         for start in starts:
@@ -73,24 +73,6 @@ def make_table(folder: Path, rows: int) -> tuple[Path, Path]:
     # Last, so that a list that is there says that the table is whole.
     partial.rename(links)
     return links, table
-
-
-def _commit(uri: str, shards: Sequence[WrittenShard]) -> None:
-    """All of them in one version; no refresh need be asked whether there are repeated pictures among them."""
-    now_ms = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = [
-        AddAction(
-            path=shard.path,
-            size=shard.size_bytes,
-            partition_values={"outcome": shard.outcome},
-            modification_time=now_ms,
-            data_change=True,
-            stats=json.dumps({"numRecords": shard.num_rows}),
-        )
-        for shard in shards
-    ]
-    delta = DeltaTable.create(uri, SCHEMA, partition_by=["outcome"])
-    delta.create_write_transaction(actions, "append", delta.schema(), ["outcome"])
 
 
 def sample_rows(urls: Sequence[str], images: Sequence[bytes], captions: Sequence[str], now: datetime) -> pa.Table:

@@ -1,9 +1,10 @@
 """What was measured of the data side, as tables to read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.benchmark.data.steps import STEPS
+from pipelines.benchmark.report import aligned, format_bytes
 
 
 def data_table(result: Mapping[str, Any]) -> str:
@@ -33,10 +34,10 @@ def _pictures(record: Mapping[str, Any]) -> list[str]:
         row("processor ms an image, in all", lambda r: f"{1000 * r['cpu_s_per_image']:.2f}"),
         *(row(f"… {step}", lambda r, step=step: f"{1000 * r['cpu_s_by_step'][step]:.2f}") for step in STEPS),
         row("PSNR, dB", lambda r: "lossless" if r["psnr_db"] is None else f"{r['psnr_db']:.2f}"),
-        row("peak memory", lambda r: _bytes(r["peak_bytes"])),
+        row("peak memory", lambda r: format_bytes(r["peak_bytes"])),
     ]
     lines = [f"{record['images']:,} photos to {record['image_px']} px, median of {len(_first(contenders)['rounds'])}"]
-    lines += _aligned(rows)
+    lines += aligned(rows)
     if "ratio" in record:
         lines.append(f"{record['ratio']:.2f} × the images a second, {record['ratio_with_startup']:.2f} × with start-up")
     return lines
@@ -57,29 +58,16 @@ def _bad_links(record: Mapping[str, Any]) -> list[str]:
 def _noop(record: Mapping[str, Any]) -> list[str]:
     return [
         f"nothing new in {record['rows']:,} rows in {record['files']:,} files: {record['seconds']:.1f} s, "
-        f"{_bytes(record['peak_bytes'])}"
+        f"{format_bytes(record['peak_bytes'])}"
     ]
 
 
 def _memory(record: Mapping[str, Any]) -> list[str]:
     rows = [["links", "peak memory", "seconds"]]
     for run in record["runs"]:
-        rows.append([f"{run['links']:,}", _bytes(run["peak_bytes"]), f"{run['seconds']:.1f}"])
-    return ["memory of all processes", *_aligned(rows)]
+        rows.append([f"{run['links']:,}", format_bytes(run["peak_bytes"]), f"{run['seconds']:.1f}"])
+    return ["memory of all processes", *aligned(rows)]
 
 
 def _first(contenders: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return next(iter(contenders.values()))
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

@@ -92,7 +92,8 @@ class NativeSteps:
 
         from pipelines.benchmark.data.noop import sample_rows
         from pipelines.data import decode as decoding
-        from pipelines.data.fetch import Failure, Fetcher
+        from pipelines.data.failure import Failure
+        from pipelines.data.fetch import Fetcher
         from pipelines.data.shards import write_shard
 
         given, config, clock = self._given, self._given.config, _Clock()

@@ -6,7 +6,8 @@ from typing import Any
 
 from pipelines.data.addresses import Lookup
 from pipelines.data.config import FetchConfig
-from pipelines.data.fetch import Failure, Fetcher
+from pipelines.data.failure import Failure
+from pipelines.data.fetch import Fetcher
 
 LOOPBACK = ("127.0.0.1/32",)
 

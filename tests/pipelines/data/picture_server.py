@@ -4,15 +4,14 @@ import asyncio
 import contextlib
 import gzip
 import io
-import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from aiohttp import web
 from PIL import Image
+
+from tests.pipelines.data.loop_server import LoopServer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -33,18 +32,16 @@ def encode(picture: Image.Image, image_format: str = "JPEG", **options: object) 
     return buffer.getvalue()
 
 
-class PictureServer:
+class PictureServer(LoopServer):
     """Serves `files` by path, and trouble under fixed names, on 127.0.0.1 and 127.0.0.2."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.files: dict[str, bytes] = {}
         self.hits: Counter[str] = Counter()
         self.hosts: list[str] = []
         self.delay_s = 0.0
         self.busy_once: set[str] = set()
-        self.port = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._troubles: dict[str, Handler] = {
             "/missing": _status(404),
             "/gone": _status(410),
@@ -68,22 +65,6 @@ class PictureServer:
             "/to-file": self._redirect("file:///etc/passwd"),
             "/relative": self._redirect("sub/../1.jpg"),
         }
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0.05))
-        self._loop.close()
 
     def add_pictures(self, count: int) -> Iterator[str]:
         """Puts pictures on the server, and yields their links."""

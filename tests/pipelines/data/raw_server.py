@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import ssl
-import threading
 from collections.abc import Callable, Sequence
 from enum import Enum
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
+
+from tests.pipelines.data.loop_server import LoopServer
 
 
 class End(Enum):
@@ -31,7 +31,7 @@ def answer(status: str, *headers: str) -> bytes:
     return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode("utf-8", "surrogateescape")
 
 
-class RawServer:
+class RawServer(LoopServer):
     """Answers each request with what `script` has for its path, on 127.0.0.1 to 127.0.0.3, and on ::1 where it is.
 
     Args:
@@ -40,29 +40,14 @@ class RawServer:
     """
 
     def __init__(self, script: Callable[[str], Sequence[Step]], tls: ssl.SSLContext | None = None) -> None:
+        super().__init__()
         self.script = script
         self.requests: list[bytes] = []
         """Heads of all requests."""
         self.num_connections = 0
         self.hosts: list[str] = []
         """The address that each connection came to."""
-        self.port = 0
         self._tls = tls
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def url(self, path: str = "/", host: str = "127.0.0.1") -> str:
         """Returns the link to a path."""
@@ -84,10 +69,6 @@ class RawServer:
     async def _stop(self) -> None:
         for server in self._servers:
             server.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1

@@ -14,7 +14,8 @@ import pytest
 
 from mdm_core.errors import WorkError
 from pipelines.data import connections
-from pipelines.data.fetch import Failure, backoff_s
+from pipelines.data.failure import Failure
+from pipelines.data.fetch import backoff_s
 from tests.pipelines.data.fetching import fetch, fetch_all
 from tests.pipelines.data.raw_server import End, RawServer, Step, answer, ok
 

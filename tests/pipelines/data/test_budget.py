@@ -6,7 +6,8 @@ import pytest
 
 from pipelines.data.budget import ByteBudget, Lease
 from pipelines.data.config import FetchConfig
-from pipelines.data.fetch import Failure, Fetcher
+from pipelines.data.failure import Failure
+from pipelines.data.fetch import Fetcher
 from tests.pipelines.data.raw_server import RawServer, Step, answer, ok
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from pipelines.data.config import FiltersConfig, ImageConfig
 from pipelines.data.decode import Picture, decode, target_size
-from pipelines.data.fetch import Failure
+from pipelines.data.failure import Failure
 from tests.pipelines.data import odd_files
 from tests.pipelines.data.picture_server import draw_picture, encode
 

@@ -4,7 +4,8 @@ import time
 import pytest
 
 from pipelines.data.config import FetchConfig
-from pipelines.data.fetch import Failure, Fetcher
+from pipelines.data.failure import Failure
+from pipelines.data.fetch import Fetcher
 from tests.pipelines.data.fetching import LOOPBACK, fetch, fetch_all
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
 

@@ -84,7 +84,7 @@ def test_commit_that_arrives_after_it_was_taken_for_lost_keeps_its_files(
 ) -> None:
     uri = str(tmp_path / "late")
     own = ledger(uri)
-    commit(own, [write(uri, 0, ["a"])], ONCE)
+    commit(own, [write(uri, 0, ["a"]), write(uri, 0, ["b", "d"], "failed")], ONCE)
     send = DeltaTable.create_write_transaction
     catch_up = Ledger.catch_up
     under_way: list[Callable[[], None]] = []
@@ -101,5 +101,7 @@ def test_commit_that_arrives_after_it_was_taken_for_lost_keeps_its_files(
 
     monkeypatch.setattr(DeltaTable, "create_write_transaction", lost)
     monkeypatch.setattr(Ledger, "catch_up", after_it_arrived)
-    assert commit(own, [write(uri, 1, ["b", "c"])], ONCE).total == 2
-    assert captions(uri) == {"a": "a", "b": "b", "c": "c"}
+    # The row of b is taken out of the file that holds d too, which so is written anew.
+    assert commit(own, [write(uri, 1, ["b"], attempts=2), write(uri, 1, ["c"])], ONCE).total == 2
+    assert captions(uri) == {name: name for name in "abcd"}
+    assert (links(uri, "ok"), links(uri, "failed")) == (["a", "b", "c"], ["d"])

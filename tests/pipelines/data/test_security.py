@@ -19,7 +19,8 @@ from mdm_core.errors import ConfigError, WorkError
 from pipelines.data import connections
 from pipelines.data.addresses import GuardedResolver, Lookup
 from pipelines.data.config import FetchConfig
-from pipelines.data.fetch import Failure, Fetcher
+from pipelines.data.failure import Failure
+from pipelines.data.fetch import Fetcher
 from tests.pipelines.data.raw_server import RawServer, Step, answer, ok
 
 LOOPBACK = ("127.0.0.0/8",)
