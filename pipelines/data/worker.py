@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import uvloop
+from threadpoolctl import threadpool_limits
 
 from mdm_core.errors import MdmError
 from pipelines.data.config import RefreshConfig, ScoreConfig
@@ -62,6 +63,8 @@ class FetchWorker:
         self._captions = CaptionFilter(config.filters)
         self._exclusions = _read_exclusions(config.filters.exclude_hashes)
         _allow_many_files()
+        # Decoders have threads of their own, and a picture's products are too small to share among more.
+        self._blas = threadpool_limits(1, user_api="blas")
         # Pillow warns of odd metadata that does not touch the pixels.
         warnings.filterwarnings("ignore", module="PIL")
         self._engine = make_engine(config, num_threads)
@@ -94,6 +97,7 @@ class FetchWorker:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+            self._blas.restore_original_limits()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}

@@ -89,6 +89,7 @@ class NativeSteps:
         """Seconds a picture by step."""
         import simplejpeg
         from PIL import Image, ImageFile
+        from threadpoolctl import threadpool_limits
 
         from pipelines.benchmark.data.noop import sample_rows
         from pipelines.data import decode as decoding
@@ -109,7 +110,8 @@ class NativeSteps:
             (Image.Image, "save", "encode"),
         )
         pictures = []
-        with _timing(clock, timed), clock.step("other"):
+        # As in a refresh's worker.
+        with threadpool_limits(1, user_api="blas"), _timing(clock, timed), clock.step("other"):
             for body in bodies:
                 hashlib.sha256(body)
                 pictures.append(decoding.decode(body, config.image, config.filters))
