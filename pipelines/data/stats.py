@@ -87,7 +87,7 @@ def refreshes(table: SampleTable) -> list[dict[str, Any]]:
 def stats_text(stats: Mapping[str, Any]) -> str:
     """Returns the statistics as tables to read."""
     total = max(1, stats["rows"])
-    size = f"{stats['rows']:,} rows, {stats['size_bytes'] / 1e9:.2f} GB"
+    size = f"{stats['rows']:,} rows, {stats['size_bytes'] / 1e6:,.1f} MB"
     lines = [f"{stats['uri']} at version {stats['table_version']}: {size}"]
     lines += [f"  {name:<24}{stats[name]:>12,}{stats[name] / total:>8.1%}" for name in OUTCOMES]
     lines += _section("reasons", stats["reasons"].items())
