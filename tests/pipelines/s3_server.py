@@ -41,7 +41,9 @@ class S3Server:
             _find_weed(), "-logtostderr=true", "mini", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             "-s3.config=identities.json", "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock",
             "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false",
-            "-master.telemetry=false", *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
+            # Each bucket takes volumes of its own, and there are only as many as fit the disk: small, so many.
+            "-master.telemetry=false", "-master.volumeSizeLimitMB=16",
+            *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
         ]  # fmt: skip
         (self._folder / "data").mkdir(exist_ok=True)
         with (self._folder / "weed.log").open("wb") as log:
