@@ -21,15 +21,16 @@ _MIN_LOCAL_CPUS = 2
 _connected = False
 
 
-def connect(min_cpus: int = 1) -> None:
+def connect(min_cpus: int = 1, min_gpus: int = 0) -> None:
     """Joins the cluster at `RAY_ADDRESS`, or starts Ray on this machine; does nothing if already connected.
 
     Args:
         min_cpus: CPUs that the work needs at the same time. Ray waits for ever, and says nothing, where a
             pipeline needs more than the cluster has, so it is asked before anything starts.
+        min_gpus: GPUs, likewise.
 
     Raises:
-        ConfigError: The cluster can't be reached, or has fewer CPUs than `min_cpus`.
+        ConfigError: The cluster can't be reached, or has fewer CPUs or GPUs.
     """
     # Read by Ray when it starts, and by the processes that it starts: a default here never overrides the operator's.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -38,13 +39,15 @@ def connect(min_cpus: int = 1) -> None:
     if not ray.is_initialized():
         _start()
         _connected = True
-    has_cpus = int(ray.cluster_resources().get("CPU", 0))
-    if has_cpus < min_cpus:
-        disconnect()
-        raise ConfigError(
-            f"this work needs {min_cpus} CPUs at once, but the Ray cluster has {has_cpus}; "
-            "ask for fewer workers, or set RAY_ADDRESS to a larger cluster"
-        )
+    resources = ray.cluster_resources()
+    for kind, wanted in (("CPU", min_cpus), ("GPU", min_gpus)):
+        has = int(resources.get(kind, 0))
+        if has < wanted:
+            disconnect()
+            raise ConfigError(
+                f"this work needs {wanted} {kind}s at once, but the Ray cluster has {has}; "
+                "ask for fewer workers, or set RAY_ADDRESS to a larger cluster"
+            )
 
 
 def disconnect() -> None:

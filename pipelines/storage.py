@@ -54,6 +54,14 @@ def open_uri(uri: str) -> tuple[Any, str]:
     return s3.filesystem(), path
 
 
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """Returns the filesystem that holds `uri` as pyarrow and Ray want it, and the path there; errors as `open_uri`."""
+    from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+
+    filesystem, path = open_uri(uri)
+    return (LocalFileSystem() if _scheme(uri) == "file" else PyFileSystem(FSSpecHandler(filesystem))), path
+
+
 def delta_options(uri: str) -> dict[str, str]:
     """Returns what deltalake needs, beyond the environment, to reach `uri`.
 

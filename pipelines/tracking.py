@@ -72,6 +72,35 @@ class Run:
             self._client.log_dict(self.id, dict(values), name)
 
 
+class SystemMetrics:
+    """What a machine's processors, memory, disks, network and GPUs do, under the names that MLflow gives them.
+
+    Args:
+        node: Name of the machine, part of each metric's name.
+    """
+
+    def __init__(self, node: str) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._prefix = f"system/{node}/"
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        # Without NVIDIA's library, or without a GPU.
+        with contextlib.suppress(ImportError, RuntimeError):
+            self._monitors.append(GPUMonitor())
+
+    def take(self) -> dict[str, float]:
+        """Returns what stands now; of disk and network, what they have done since the object was made."""
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return {f"{self._prefix}{name}": float(value) for name, value in found.items()}
+
+
 @contextlib.contextmanager
 def open_run(
     tracking: TrackingConfig,

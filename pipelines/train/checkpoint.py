@@ -110,9 +110,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.uri}/{file} can't be read: {error}") from error
 
 
+def checkpoint_uri(run_uri: str, stage: int, images_seen: int) -> str:
+    """The folder of a run's checkpoint after so many images of a stage."""
+    return storage.join(run_uri, f"stage-{stage}", f"images-{images_seen:012d}")
+
+
 def save_checkpoint(run_uri: str, manifest: Manifest, tensors: Mapping[str, dict[str, Tensor]]) -> Checkpoint:
     """Writes a checkpoint of a run, and returns it once it is whole."""
-    uri = storage.join(run_uri, f"stage-{manifest.stage}", f"images-{manifest.images_seen:012d}")
+    uri = checkpoint_uri(run_uri, manifest.stage, manifest.images_seen)
     files = {}
     for name, values in tensors.items():
         header = manifest.model_header() if name in _MODEL_FILES else None
@@ -173,7 +178,7 @@ def list_checkpoints(run_uri: str) -> list[str]:
     for path in storage.list_files(run_uri):
         if path.endswith(f"/{MANIFEST}") and (match := _NAME.search(path.removesuffix(f"/{MANIFEST}"))):
             found.append((int(match[1]), int(match[2])))
-    return [storage.join(run_uri, f"stage-{s}", f"images-{n:012d}") for s, n in sorted(found)]
+    return [checkpoint_uri(run_uri, stage, images_seen) for stage, images_seen in sorted(found)]
 
 
 def stage_ends(run_uri: str) -> list[Manifest]:

@@ -3,7 +3,7 @@
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.errors import ConfigError
@@ -148,19 +148,42 @@ class StageConfig(Config):
 
 
 class ScalingConfig(Config):
-    """On what the network is trained."""
+    """On what the network is trained; none of it changes which rows a step takes."""
 
-    workers: int = Field(default=1, ge=1)
-    """Processes that share each batch."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Processes that share each batch: a number, or [least, most] to go on with whatever the cluster has in between."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPUs of each."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """GPUs of each: 0 trains on the CPU."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Images that a worker takes at once; the gradients of a larger share of a batch are added up. All of its share if
+    empty."""
     max_failures: int = Field(default=3, ge=0)
-    """Times that lost workers are replaced before the run fails."""
+    """Times that lost workers are replaced before the run fails; preempted ones are not counted."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In what the networks compute, the weights being float32: auto is bfloat16 on a GPU and float32 on the CPU."""
+    compile: bool = False
+    """Whether the networks are compiled (`torch.compile`): minutes at the start, faster steps."""
     checkpoint_levels: tuple[str, ...] = ()
     """Levels of the networks, as in 64.down.0, that keep only their input for the backward pass and run twice: less
     memory, more time, the same losses. [all] takes every level."""
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run takes."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"workers=[{self.min_workers}, {self.max_workers}] must be [least, most]; turn them round")
+        return self
 
 
 class CheckpointConfig(Config):
@@ -175,7 +198,7 @@ class CheckpointConfig(Config):
 
 
 class PreviewConfig(Config):
-    """Pictures made at each checkpoint while training goes on."""
+    """Pictures made at each checkpoint, by a task of its own while training goes on."""
 
     captions: tuple[str, ...] = ()
     """Their captions; none makes no pictures."""
@@ -183,6 +206,10 @@ class PreviewConfig(Config):
     """Guidance."""
     num_inference_steps: int = Field(default=16, ge=1)
     """Network calls."""
+    cpus: int = Field(default=0, ge=0)
+    """CPUs that the task asks of the cluster; with 0 it begins at once, and runs on one that others have."""
+    gpus: int = Field(default=0, ge=0, le=1)
+    """GPUs that it asks for; with 0 it computes on the CPU."""
 
 
 class TrainConfig(Config):
@@ -203,6 +230,9 @@ class TrainConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
     log_every_steps: int = Field(default=20, ge=1)
     """Steps between two reports of the loss."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a step does whose gradients are not finite: end the run and name the rows, or leave the weights as they
+    are and be counted."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -224,13 +254,7 @@ class TrainConfig(Config):
                     f"{where}.resolution={stage.resolution} must be one network larger than the stage before, "
                     f"{self.stages[index - 1].resolution}; the networks are {resolutions}"
                 )
-            if stage.global_batch_size % self.scaling.workers:
-                lower = stage.global_batch_size - stage.global_batch_size % self.scaling.workers
-                raise ValueError(
-                    f"{where}.global_batch_size={stage.global_batch_size} must be divisible by "
-                    f"scaling.workers={self.scaling.workers}; try {lower or self.scaling.workers} or "
-                    f"{lower + self.scaling.workers}"
-                )
+            self._check_batch(where, stage.global_batch_size)
             count = len(resolutions) - resolutions.index(stage.resolution)
             if stage.resolution_weights is not None and len(stage.resolution_weights) != count:
                 raise ValueError(
@@ -239,6 +263,22 @@ class TrainConfig(Config):
                 )
         self._check_levels()
         return self
+
+    def _check_batch(self, where: str, batch: int) -> None:
+        workers = self.scaling.max_workers
+        if self.scaling.min_workers < workers:
+            # Whatever number there is in between shares a batch as evenly as it can.
+            if batch < workers:
+                raise ValueError(
+                    f"{where}.global_batch_size={batch} leaves some of scaling.workers={workers} without an image; "
+                    f"try {workers} images or {batch} workers"
+                )
+        elif batch % workers:
+            lower = batch - batch % workers
+            raise ValueError(
+                f"{where}.global_batch_size={batch} must be divisible by scaling.workers={workers}; "
+                f"try {lower or workers} or {lower + workers}"
+            )
 
     def _check_levels(self) -> None:
         named = set(self.scaling.checkpoint_levels) - {"all"}
@@ -255,6 +295,6 @@ class TrainConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: a checkpoint is only continued under the same values."""
         values = self.model_dump(mode="json")
-        for changeable in ("scaling", "checkpoint", "preview", "tracking", "log_every_steps"):
+        for changeable in ("scaling", "checkpoint", "preview", "tracking", "log_every_steps", "on_nan"):
             values.pop(changeable)
         return values

@@ -1,33 +1,32 @@
 """Training on Ray: one run, its stages one after the other, watched and logged from the driver."""
 
-import contextlib
 import hashlib
 import json
-import threading
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from pydantic import ValidationError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import cluster, storage
 from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
-from pipelines.evaluate.grids import picture_grid
-from pipelines.progress import Progress
 from pipelines.text_encoder import load_text_encoder
 from pipelines.tracking import Run, open_run
 from pipelines.train.batches import pad_text
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
+from pipelines.train.preview import Preview
 from pipelines.train.stage import RunContext
+from pipelines.train.watch import Board, Watch
 from pipelines.train.worker import train_worker
 
-_POLL_S = 0.5
+_RESIZE_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,10 @@ def train(config: TrainConfig) -> TrainReport:
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
     table = _open_table(config, start)
-    cluster.connect(min_cpus=config.scaling.workers * config.scaling.cpus_per_worker)
+    scaling = config.scaling
+    cluster.connect(
+        min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
+    )
     tags = {"table": table.uri, "table_version": table.version}
     key = _key(config, table)
     with open_run(config.tracking, name=config.name, key=key, tags=tags) as run:
@@ -81,7 +83,7 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, _encode_preview(config)), run, key, start)
+        _fit(RunContext(config, table.version, run.id), run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 
@@ -121,14 +123,6 @@ def _open_table(config: TrainConfig, start: Checkpoint | None) -> SampleTable:
     return table
 
 
-def _encode_preview(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if not config.preview.captions:
-        return None
-    encoder = load_text_encoder(config.text.encoder, max_tokens=config.text.max_tokens)
-    captions = encoder.encode(config.preview.captions)
-    return pad_text(captions, width=encoder.width, length=config.text.max_tokens)
-
-
 def _key(config: TrainConfig, table: SampleTable) -> str:
     """What makes two calls the same run in MLflow: the same place, configuration and table version."""
     identity = json.dumps([config.checkpoint.uri, config.identity(), table.version], sort_keys=True)
@@ -136,125 +130,57 @@ def _key(config: TrainConfig, table: SampleTable) -> str:
 
 
 def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> None:
-    config = context.config
-    board = ray.remote(Board).options(num_cpus=0).remote()
-    seen = 0 if start is None else start.manifest.total_images_seen
-    resources = {"CPU": float(config.scaling.cpus_per_worker), "GPU": float(config.scaling.gpus_per_worker)}
-    trainer = TorchTrainer(
+    config, scaling = context.config, context.config.scaling
+    # On the driver's machine, which the run needs anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    # What Ray Train writes down of a run is of no use to the next one, which knows its own checkpoints.
+    notes = storage.join(config.checkpoint.uri, "ray_train", secrets.token_hex(8))
+    filesystem, path = storage.arrow_filesystem(notes)
+    folder, _, name = path.rpartition("/")
+    resources = {"CPU": float(scaling.cpus_per_worker), "GPU": float(scaling.gpus_per_worker)}
+    trainer = TorchTrainer(  # type: ignore[call-arg]
         train_worker,
         train_loop_config={"context": context, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=config.scaling.workers,
-            use_gpu=config.scaling.gpus_per_worker > 0,
+        # mypy sees the classes of Ray Train's first version, where at run time there are those of the second.
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=scaling.workers,  # type: ignore[arg-type]
+            use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
-        torch_config=TorchConfig(backend="nccl" if config.scaling.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         run_config=RunConfig(
-            name=config.name,
-            storage_path=storage.join(config.checkpoint.uri, "ray_train"),
-            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            name=name,
+            storage_path=folder,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
+        validation_config=_validation(config, board),
     )
-    with Watch(board, run, key, config, seen) as watch:
-        try:
-            cluster.call_interruptibly(trainer.fit)
-        except ray.train.TrainingFailedError as error:
-            raise WorkError(watch.last_error or f"training failed: {error}") from error
+    seen = 0 if start is None else start.manifest.total_images_seen
+    try:
+        with Watch(lambda: list(ray.get(board.take.remote())), run, key, config, seen) as watch:
+            try:
+                cluster.call_interruptibly(trainer.fit)
+            except ray.train.TrainingFailedError as error:
+                raise WorkError(watch.last_error or f"training failed: {error}") from error
+    finally:
+        storage.delete(notes)
     if watch.last_error:
         raise WorkError(watch.last_error)
 
 
-class Board:
-    """An actor to which workers pin events, and from which the driver takes them."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Adds an event."""
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """The events since the last call."""
-        events, self._events = self._events, []
-        return events
-
-
-class Watch:
-    """Shows progress and logs to MLflow what the workers pin to the board, until the block ends."""
-
-    def __init__(self, board: Any, run: Run, key: str, config: TrainConfig, images_seen: int) -> None:
-        self._board, self._run, self._key, self._config = board, run, key, config
-        self._before = [0]
-        for stage in config.stages:
-            self._before.append(self._before[-1] + stage.num_steps * stage.global_batch_size)
-        self._progress = Progress("train", total=self._before[-1], unit="images", start=images_seen)
-        self._stage_runs = contextlib.ExitStack()
-        self._stages: dict[int, Run] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._pump, daemon=True)
-        self._failure: BaseException | None = None
-        self.last_error = ""
-
-    def __enter__(self) -> "Watch":
-        self._progress.__enter__()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._progress.__exit__(*error)
-        self._stage_runs.__exit__(*error)
-        if self._failure is not None and error[0] is None:
-            raise self._failure
-
-    def _pump(self) -> None:
-        try:
-            while not self._ended.wait(_POLL_S):
-                self._take()
-            self._take()
-        except BaseException as failure:  # raised again where the block ends
-            self._failure = failure
-
-    def _take(self) -> None:
-        for event in ray.get(self._board.take.remote()):
-            if "error" in event:
-                self.last_error = event["error"]
-                continue
-            total = self._before[event["stage"]] + event["images"]
-            if "metrics" in event:
-                self.last_error = ""  # a later attempt got past it
-                self._stage(event["stage"]).log_metrics(event["metrics"], step=event["images"])
-                self._run.log_metrics({"loss": event["metrics"]["loss"]}, step=total)
-                shown = {"stage_px": self._config.stages[event["stage"]].resolution, "loss": event["metrics"]["loss"]}
-                self._progress.advance(total - self._progress.done, **shown)
-            if "pictures" in event:
-                self._log_pictures(event, total)
-
-    def _log_pictures(self, event: dict[str, Any], total: int) -> None:
-        """A series a resolution in the stage's run, and one of the finest so far in the run of all stages."""
-        for side, pictures in event["pictures"].items():
-            title = f"{self._config.name}: {side} px after {total:,} images"
-            grid = picture_grid(pictures, self._config.preview.captions, title=title)
-            self._stage(event["stage"]).log_image(grid, key=f"preview_{side}", step=event["images"])
-            begins_later_stage = event["stage"] > 0 and event["images"] == 0
-            if side == self._config.stages[event["stage"]].resolution and not begins_later_stage:
-                self._run.log_image(grid, key="preview", step=total)
-
-    def _stage(self, index: int) -> Run:
-        if index not in self._stages:
-            stage = self._config.stages[index]
-            opened = open_run(
-                self._config.tracking,
-                name=f"stage {stage.resolution} px",
-                parent_run_id=self._run.id,
-                key=f"{self._key}:{index}",
-            )
-            self._stages[index] = self._stage_runs.enter_context(opened)
-            shared = self._config.model_dump(mode="json", include={"data", "text", "model"})
-            self._stages[index].log_params({"stage": stage.model_dump(mode="json"), **shared})
-        return self._stages[index]
+def _validation(config: TrainConfig, board: Any) -> ValidationConfig | None:
+    """Has Ray Train make previews of each checkpoint, in a task beside the training."""
+    captions = config.preview.captions
+    if not captions:
+        return None
+    encoder = load_text_encoder(config.text.encoder, max_tokens=config.text.max_tokens)
+    text = pad_text(encoder.encode(captions), width=encoder.width, length=config.text.max_tokens)
+    preview = Preview(config.preview, config.seed, text, post=lambda event: ray.get(board.put.remote(event)))
+    resources = {"num_cpus": config.preview.cpus, "num_gpus": config.preview.gpus}
+    return ValidationConfig(fn=preview, ray_remote_kwargs=resources)
 
 
 def _report(config: TrainConfig, last: Checkpoint, *, trained: bool) -> TrainReport:

@@ -1,13 +1,14 @@
 """One stage of training on one worker, step by step. It knows nothing of Ray: rank and workers are numbers."""
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,14 +17,16 @@ from mdm_core.progressive import grow
 from mdm_core.unet import UNet
 from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
-from pipelines.sample.generator import Generator
-from pipelines.train.batches import BatchReader
-from pipelines.train.checkpoint import Checkpoint, Manifest, prune_checkpoints, save_checkpoint
+from pipelines.train.batches import Batch, BatchReader
+from pipelines.train.checkpoint import Checkpoint, Manifest, checkpoint_uri, prune_checkpoints, save_checkpoint
 from pipelines.train.config import TrainConfig
+from pipelines.train.finite import FiniteCheck
+from pipelines.train.loss_window import LossWindow
+from pipelines.train.place import Place
+from pipelines.train.speed import Speed
 from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
 
 State = dict[str, Tensor]
-Post = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -35,32 +38,38 @@ class RunContext:
     """The number that `latest` stood for when the run began."""
     run_id: str
     """MLflow run of the training."""
-    preview_text: tuple[Tensor, Tensor] | None = None
-    """Encoded captions, (B, L, D) and (B, L), of the pictures made at each checkpoint."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of the workers this is, and where it computes."""
+class Hooks:
+    """What a stage tells and asks while it runs; this class listens to nothing."""
 
-    rank: int = 0
-    workers: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    def post(self, event: dict[str, Any]) -> None:
+        """Takes an event for the driver: `metrics` of the run. Called on rank 0 only."""
+
+    def reported(self, stage: int, images: int) -> None:
+        """Called on every rank after each report of the losses."""
+
+    def saved(self, uri: str, stage: int, images: int) -> None:
+        """Called on every rank at each checkpoint: its URI, the stage, and the images of the stage so far."""
+
+    def preemption(self) -> str:
+        """Says which machines are about to go, if any; every rank asks at the same steps, and gets the same answer."""
+        return ""
 
 
 class StageRun:
     """A stage of the run, from its start or from a checkpoint of it."""
 
-    def __init__(self, context: RunContext, index: int, *, place: Place, post: Post) -> None:
+    def __init__(self, context: RunContext, index: int, *, place: Place, hooks: Hooks) -> None:
         """Opens what the stage reads.
 
         Args:
             context: The run.
             index: The stage, from 0.
             place: This worker.
-            post: Takes events for the driver: metrics and pictures. Called on rank 0 only.
+            hooks: What is told and asked on the way.
         """
-        self.context, self.index, self.place, self.post = context, index, place, post
+        self.context, self.index, self.place, self.hooks = context, index, place, hooks
         self.config, self.stage = context.config, context.config.stages[index]
         self.table = SampleTable.open(self.config.data.table, context.table_version)
         self.store = EmbeddingStore.open(self.table, self.config.text.encoder, max_tokens=self.config.text.max_tokens)
@@ -68,6 +77,7 @@ class StageRun:
         self.schedule = self.config.model.noise_schedule()
         self.metrics: dict[str, float] = {}
         self.state = self._new_state(None)
+        self._preemption = ""
 
     def grow_from(self, inner: State) -> None:
         """Starts the stage from the averaged weights of the one before."""
@@ -84,38 +94,70 @@ class StageRun:
         self.metrics = dict(checkpoint.manifest.metrics)
 
     def run(self) -> State:
-        """Trains to the end of the stage, and returns its averaged weights."""
+        """Trains to the end of the stage, and returns its averaged weights.
+
+        Raises:
+            AgreedError: The gradients of a step are not finite, and the run is to stop there.
+        """
         stage, state = self.stage, self.state
-        alpha_bars = self.schedule.alpha_bars(self.networks.resolutions).to(self.place.device)
-        weights = stage.resolution_weights or (1.0,) * len(self.networks.resolutions)
         network = self._distributed(state.network)
-        window = LossWindow(self.place)
-        if state.step == 0 and self.place.rank == 0:
-            self._post_pictures()
-        for batch in self._batches():
+        window = LossWindow(self.place, num_timesteps=self.config.model.num_timesteps)
+        finite = FiniteCheck(self.place, self.config.on_nan)
+        steps = self._batches()
+        for batches in steps:
             lr = self._learning_rate()
-            with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.place.device.type == "cuda"):
-                rows = losses(
-                    network,
-                    batch.to(self.place.device),
-                    alpha_bars=alpha_bars,
-                    resolutions=self.networks.resolutions,
-                    resolution_weights=weights,
-                    weighting=stage.loss_weighting,
-                    min_snr_gamma=stage.min_snr_gamma,
-                    divisors=self.schedule.signal_divisors(self.networks.resolutions),
-                    prediction_type=self.config.model.prediction_type,
-                )
-            rows.sum(dim=0).mean().backward()
-            window.add(rows.detach(), optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm))
+            rows = self._accumulate(network, batches)
+            timestep = torch.cat([batch.timestep for batch in batches]).to(self.place.device)
+            norm = optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm)
+            window.add(rows, timestep, norm)
+            finite.add(state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
             done = state.step == stage.num_steps
-            if done or state.step % self.config.log_every_steps == 0:
-                self._report(window, lr)
-            if done or self._checkpoint_is_due():
+            is_reported = done or state.step % self.config.log_every_steps == 0
+            if is_reported:
+                self._report(window, lr, finite.num_skipped)
+            if done or self._checkpoint_is_due() or (is_reported and self._is_preempted()):
+                # A checkpoint after gradients that were to stop the run would pass over them in silence.
+                finite.check()
                 self._save(done)
             if done:
                 break
         return state.ema.state_dict()
+
+    def _accumulate(self, network: nn.Module, batches: Sequence[Batch]) -> Tensor:
+        """Adds up the gradients of this worker's share of a step; returns the (R, B) losses of its rows."""
+        rows: list[Tensor] = []
+        # Of workers the gradients are averaged, of rows the mean over the whole batch is wanted.
+        share = self.place.workers / self.stage.global_batch_size
+        for number, batch in enumerate(batches, start=1):
+            with self._unsynchronized(network, number < len(batches)):
+                with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self._uses_bfloat16):
+                    rows.append(losses(network, batch.to(self.place.device), **self._objective))
+                (rows[-1].sum() * share).backward()
+        return torch.cat(rows, dim=1).detach()
+
+    @staticmethod
+    def _unsynchronized(network: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        if wanted and isinstance(network, DistributedDataParallel):
+            return network.no_sync()
+        return contextlib.nullcontext()
+
+    @functools.cached_property
+    def _objective(self) -> dict[str, Any]:
+        resolutions = self.networks.resolutions
+        return {
+            "alpha_bars": self.schedule.alpha_bars(resolutions).to(self.place.device),
+            "resolutions": resolutions,
+            "resolution_weights": self.stage.resolution_weights or (1.0,) * len(resolutions),
+            "weighting": self.stage.loss_weighting,
+            "min_snr_gamma": self.stage.min_snr_gamma,
+            "divisors": self.schedule.signal_divisors(resolutions),
+            "prediction_type": self.config.model.prediction_type,
+        }
+
+    @property
+    def _uses_bfloat16(self) -> bool:
+        precision = self.config.scaling.precision
+        return precision == "bfloat16" or (precision == "auto" and self.place.device.type == "cuda")
 
     @property
     def images_seen(self) -> int:
@@ -138,11 +180,16 @@ class StageRun:
         return [name for name in network.levels() if name in named or "all" in named]
 
     def _distributed(self, network: UNet) -> nn.Module:
+        compiled: nn.Module = torch.compile(network) if self.config.scaling.compile else network  # type: ignore[assignment]
         if self.place.workers == 1:
-            return network
-        return DistributedDataParallel(network, device_ids=[self.place.device] if self.place.device.index else None)
+            return compiled
+        return DistributedDataParallel(compiled, device_ids=[self.place.device] if self.place.device.index else None)
 
-    def _batches(self) -> Any:
+    @functools.cached_property
+    def _speed(self) -> Speed:
+        return Speed(self.networks, self.place, bfloat16=self._uses_bfloat16, text_tokens=self.config.text.max_tokens)
+
+    def _batches(self) -> Iterator[tuple[Batch, ...]]:
         reader = BatchReader(
             self.table,
             self.store,
@@ -155,12 +202,13 @@ class StageRun:
             flip=self.config.data.flip,
             shuffle_shards=self.config.data.shuffle_shards,
         )
-        return reader.steps(
+        for batch in reader.steps(
             self.state.step,
             global_batch_size=self.stage.global_batch_size,
             rank=self.place.rank,
             workers=self.place.workers,
-        )
+        ):
+            yield (batch,)
 
     def _learning_rate(self) -> float:
         stage = self.stage
@@ -176,31 +224,44 @@ class StageRun:
         every, batch = self.config.checkpoint.every_images, self.stage.global_batch_size
         return self.images_seen // every > (self.images_seen - batch) // every
 
-    def _report(self, window: "LossWindow", lr: float) -> None:
-        by_resolution, grad_norm, steps, seconds = window.take()
-        loss = sum(by_resolution)
+    def _is_preempted(self) -> bool:
+        """Whether a machine has been called back since the last checkpoint for that reason."""
+        notice = self.hooks.preemption()
+        is_new = bool(notice) and notice != self._preemption
+        self._preemption = notice or self._preemption
+        return is_new
+
+    def _report(self, window: LossWindow, lr: float, num_skipped: int) -> None:
+        means = window.take(waited_s=0.0)
+        loss = sum(means.by_resolution)
         self.metrics.setdefault("loss_first", loss)
         self.metrics["loss_last"] = loss
-        self.metrics["seconds"] = self.metrics.get("seconds", 0.0) + seconds
+        self.metrics["seconds"] = self.metrics.get("seconds", 0.0) + means.seconds
         self.metrics["images_per_s"] = self.images_seen / self.metrics["seconds"]
-        if self.place.rank == 0:
-            shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-            shown["images_per_s"] = steps * self.stage.global_batch_size / seconds
-            sides = self.networks.resolutions
-            shown |= {f"loss_{side}": value for side, value in zip(sides, by_resolution, strict=True)}
-            self.post({"stage": self.index, "images": self.images_seen, "metrics": shown})
-
-    def _save(self, done: bool) -> None:
+        self.hooks.reported(self.index, self.images_seen)
         if self.place.rank != 0:
             return
-        save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
-        prune_checkpoints(self.config.checkpoint.uri, stage=self.index, keep=self.config.checkpoint.keep)
-        self._post_pictures()
+        sides = self.networks.resolutions
+        shown = {
+            "loss": loss,
+            **{f"loss_{side}": value for side, value in zip(sides, means.by_resolution, strict=True)},
+            # The first quarter has the least noise.
+            **{f"loss_quarter_{q}": v for q, v in enumerate(means.by_quarter, start=1) if not math.isnan(v)},
+            "lr": lr,
+            "grad_norm": means.grad_norm,
+            "steps_skipped": num_skipped,
+            "data_wait_fraction": means.waited_s / means.seconds,
+            "workers": self.place.workers,
+            **self._speed.metrics(means.steps * self.stage.global_batch_size / means.seconds),
+        }
+        self.hooks.post({"stage": self.index, "images": self.images_seen, "metrics": shown})
 
-    def _post_pictures(self) -> None:
-        if self.context.preview_text is not None:
-            pictures = self._preview(*self.context.preview_text)
-            self.post({"stage": self.index, "images": self.images_seen, "pictures": pictures})
+    def _save(self, done: bool) -> None:
+        uri = checkpoint_uri(self.config.checkpoint.uri, self.index, self.images_seen)
+        if self.place.rank == 0:
+            save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
+            prune_checkpoints(self.config.checkpoint.uri, stage=self.index, keep=self.config.checkpoint.keep)
+        self.hooks.saved(uri, self.index, self.images_seen)
 
     def _manifest(self, done: bool) -> Manifest:
         before = sum(s.num_steps * s.global_batch_size for s in self.config.stages[: self.index])
@@ -221,46 +282,3 @@ class StageRun:
             code_version=version("mdm"),
             metrics=self.metrics,
         )
-
-    def _preview(self, text_emb: Tensor, text_mask: Tensor) -> dict[int, Any]:
-        """Pictures of the preview captions from the averaged weights, (B, r, r, 3) by resolution."""
-        network = build_network(self.networks)
-        network.load_state_dict(self.state.ema.state_dict())
-        network = network.to(self.place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        generator = Generator(network, self.schedule, prediction_type=self.config.model.prediction_type)
-        levels = generator.generate_from_text(
-            text_emb,
-            text_mask,
-            noise_ids=range(len(text_emb)),
-            seed=self.config.seed,
-            guidance_scale=self.config.preview.guidance_scale,
-            num_inference_steps=self.config.preview.num_inference_steps,
-        )
-        return dict(zip(self.networks.resolutions, levels, strict=True))
-
-
-class LossWindow:
-    """Losses and gradient norms since the last report, kept on the device until they are taken."""
-
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._clear()
-
-    def add(self, rows: Tensor, grad_norm: Tensor) -> None:
-        """Takes in the (R, B) losses of one step and its gradient norm."""
-        self._sums.append(torch.cat([rows.mean(dim=1), grad_norm[None]]))
-
-    def take(self) -> tuple[list[float], float, int, float]:
-        """Mean loss of each resolution over all workers, mean gradient norm, steps, seconds; then begins anew."""
-        means = torch.stack(self._sums).mean(dim=0)
-        if self._place.workers > 1:
-            torch.distributed.all_reduce(means)
-            means /= self._place.workers
-        *by_resolution, grad_norm = means.tolist()
-        steps, seconds = len(self._sums), time.monotonic() - self._began_s
-        self._clear()
-        return by_resolution, grad_norm, steps, seconds
-
-    def _clear(self) -> None:
-        self._sums: list[Tensor] = []
-        self._began_s = time.monotonic()

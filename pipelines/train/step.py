@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from mdm_core.ema import PowerEma
-from mdm_core.errors import WorkError
 from mdm_core.loss import LossWeighting, matryoshka_loss, training_pairs
 from mdm_core.parameterization import PredictionType
 from mdm_core.pyramid import build_pyramid
@@ -99,19 +98,19 @@ def losses(
 
 
 def optimizer_step(state: TrainState, *, lr: float, max_grad_norm: float) -> Tensor:
-    """Applies the gradients that are there; returns their norm before clipping, as a tensor on the device.
+    """Applies the gradients that are there, unless they are not finite: then the weights stay as they are.
 
-    Raises:
-        WorkError: A gradient is not finite. Gradients are averaged over the workers before, so all of them raise.
+    Nothing of this waits for the device.
+
+    Returns:
+        The norm of the gradients before clipping, () on the device. It is the same for all workers, as the gradients
+        are averaged over them before.
     """
-    norm = nn.utils.clip_grad_norm_(state.network.parameters(), max_grad_norm)
-    if not torch.isfinite(norm):
-        raise WorkError(
-            f"the gradients of step {state.step} are not finite (norm {norm.item()}); "
-            "lower the stage's lr, or look at the rows of that step"
-        )
+    norm = nn.utils.clip_grad_norm_([p for p in state.network.parameters() if p.grad is not None], max_grad_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    # What PyTorch's gradient scaler tells its optimizers; the fused kernel looks at it on the device.
+    state.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1

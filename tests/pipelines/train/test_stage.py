@@ -11,8 +11,10 @@ from mdm_core.errors import CheckpointError
 from pipelines.data.table import SampleTable
 from pipelines.sample.generator import Generator
 from pipelines.train.checkpoint import latest_checkpoint, list_checkpoints, open_checkpoint
-from pipelines.train.config import TrainConfig
-from pipelines.train.stage import Place, RunContext
+from pipelines.train.config import PreviewConfig, TrainConfig
+from pipelines.train.place import Place
+from pipelines.train.preview import Preview
+from pipelines.train.stage import Hooks, RunContext
 from pipelines.train.worker import train_stages
 
 from .conftest import run_config
@@ -22,17 +24,24 @@ class Killed(BaseException):
     """Stands for a process that dies between two steps."""
 
 
+class Listener(Hooks):
+    """Keeps the events; dies in the place of the one after `die_after` of them."""
+
+    def __init__(self, die_after: int | None = None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._die_after = die_after
+
+    def post(self, event: dict[str, Any]) -> None:
+        if len(self.events) == self._die_after:
+            raise Killed
+        self.events.append(event)
+
+
 def train(config: TrainConfig, table: SampleTable, *, die_after: int | None = None) -> list[dict[str, Any]]:
     """Trains what is left; dies on the event after `die_after` of them."""
-    events: list[dict[str, Any]] = []
-
-    def post(event: dict[str, Any]) -> None:
-        if die_after is not None and len(events) == die_after:
-            raise Killed
-        events.append(event)
-
-    train_stages(RunContext(config, table.version, "run"), place=Place(), post=post)
-    return events
+    listener = Listener(die_after)
+    train_stages(RunContext(config, table.version, "run"), place=Place(), hooks=listener)
+    return listener.events
 
 
 def tensors(uri: str) -> dict[str, torch.Tensor]:
@@ -186,16 +195,27 @@ def test_a_run_keeps_its_prediction_type_and_schedule(
     values = run_config(table, tmp_path).model_dump()
     stages = [stage | {"loss_weighting": weighting} for stage in values["stages"]]
     config = run_config(table, tmp_path, model=values["model"] | changes, stages=stages)
-    text = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(0)), torch.ones(1, 3, dtype=torch.bool)
-    events: list[dict[str, Any]] = []
-    train_stages(RunContext(config, table.version, "run", text), place=Place(), post=events.append)
+    train(config, table)
     manifest = open_checkpoint(config.checkpoint.uri).manifest
     assert manifest.prediction_type == changes["prediction_type"]
     schedule = {"kind": changes["schedule"], "shift": changes.get("shift", "snr")}
     assert manifest.schedule == schedule | {"num_timesteps": 1000, "shift_power": changes.get("shift_power", 1.0)}
-    # The preview of the last step is what the checkpoint makes.
-    shown = [event["pictures"] for event in events if "pictures" in event][-1]
-    generator = Generator.from_checkpoint(config.checkpoint.uri, device="cpu")
-    made = generator.generate_from_text(*text, noise_ids=[0], seed=0, guidance_scale=3.0, num_inference_steps=16)
+
+
+def test_a_preview_shows_what_the_checkpoint_makes(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:
+    uri = open_checkpoint(str(unbroken[0] / "run")).uri
+    text = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(0)), torch.ones(1, 3, dtype=torch.bool)
+    posted: list[dict[str, Any]] = []
+    preview = Preview(PreviewConfig(guidance_scale=2.0, num_inference_steps=4), seed=3, text=text, post=posted.append)
+    threads = torch.get_num_threads()
+    try:
+        preview(None, uri=uri, stage=1, images=32)
+        preview(None, uri=f"{uri}0", stage=1, images=320)
+    finally:
+        torch.set_num_threads(threads)
+    (shown,) = posted
+    assert (shown["stage"], shown["images"]) == (1, 32)
+    generator = Generator.from_checkpoint(uri, device="cpu")
+    made = generator.generate_from_text(*text, noise_ids=[0], seed=3, guidance_scale=2.0, num_inference_steps=4)
     for side, level in zip((16, 8), made, strict=True):
-        np.testing.assert_array_equal(shown[side], level)
+        np.testing.assert_array_equal(shown["pictures"][side], level)
