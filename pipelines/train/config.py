@@ -156,6 +156,9 @@ class ScalingConfig(Config):
     """CPUs of each."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """GPUs of each: 0 trains on the CPU."""
+    resize_every_s: float = Field(default=60.0, gt=0)
+    """Seconds between two looks at whether the cluster has room for more workers; taking them in costs the steps since
+    the last checkpoint."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Images that a worker takes at once; the gradients of a larger share of a batch are added up. All of its share if
     empty."""

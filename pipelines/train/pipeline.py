@@ -26,8 +26,6 @@ from pipelines.train.stage import RunContext
 from pipelines.train.watch import Board, Watch
 from pipelines.train.worker import train_worker
 
-_RESIZE_INTERVAL_S = 60.0
-
 
 @dataclass(frozen=True)
 class TrainReport:
@@ -147,7 +145,7 @@ def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> N
             num_workers=scaling.workers,  # type: ignore[arg-type]
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
-            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+            elastic_resize_monitor_interval_s=scaling.resize_every_s,
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         run_config=RunConfig(
