@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,9 @@ def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> N
         ),
         validation_config=_validation(config, board),
     )
+    if scaling.min_workers < scaling.max_workers:
+        # Ray Train counts on a machine for some seconds after it is gone, and would wait a minute for it.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     seen = 0 if start is None else start.manifest.total_images_seen
     try:
         with Watch(lambda: list(ray.get(board.take.remote())), run, key, config, seen) as watch:
