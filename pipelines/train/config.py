@@ -120,6 +120,8 @@ class PlanConfig(Config):
     """The GPU, as its data sheet calls it, that the hours are worked out for; not asked where workers have no GPU."""
     share_of_peak: float = Field(default=0.4, gt=0, le=1)
     """The part of the card's bfloat16 peak that the training step is taken to reach."""
+    memory: bool = True
+    """Whether the memory of a worker is worked out, which takes some ten seconds a stage."""
 
 
 class TrainConfig(Config):
