@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.cli import run_job
+from jobs.cli import run_job, with_switch
 from pipelines.data.config import RefreshConfig
 
 if TYPE_CHECKING:
@@ -15,11 +15,7 @@ CONFIG = RefreshConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; `--prune` is short for `--run.prune true`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for at, word in enumerate(words):
-        if word == "--prune":
-            words[at : at + 1] = ["--run.prune", "true"]
-            break
+    words = with_switch(sys.argv[1:] if argv is None else argv, "--prune", "run.prune")
     return run_job("refresh", words, CONFIG, _run)
 
 

@@ -4,22 +4,31 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.cli import run_job
+from jobs.cli import run_job, with_switch
 from pipelines.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from pipelines.train.pipeline import TrainReport
+    from pipelines.train.plan import TrainPlan
 
 CONFIG = TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_job("train", argv, CONFIG, _run)
+    """Runs the command and returns its exit code; `--dry-run` is short for `--dry_run true`."""
+    words = with_switch(sys.argv[1:] if argv is None else argv, "--dry-run", "dry_run")
+    return run_job("train", words, CONFIG, _run)
 
 
-def _run(config: TrainConfig) -> "TrainReport":
+def _run(config: TrainConfig) -> "TrainReport | TrainPlan":
     # Imported once the configuration is known to be right: Ray alone takes a second.
+    if config.dry_run:
+        from pipelines.train.plan import plan_training
+        from pipelines.train.plan_text import plan_text
+
+        plan = plan_training(config)
+        print(plan_text(plan))
+        return plan
     from pipelines.train.pipeline import train
 
     return train(config)

@@ -20,6 +20,14 @@ Tokenize: TypeAlias = Callable[[Sequence[str]], list[list[int]]]
 Forward: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 _BATCH_SIZE = 64
+_WIDTHS = {
+    "minilm": 384,
+    "t5:google/flan-t5-small": 512,
+    "t5:google/flan-t5-base": 768,
+    "t5:google/flan-t5-large": 1024,
+    "t5:google/flan-t5-xl": 2048,
+    "t5:google/flan-t5-xxl": 4096,
+}
 _NAMES = "minilm, open_clip:MODEL/PRETRAINED or t5:NAME_OR_FOLDER"
 
 
@@ -84,6 +92,17 @@ def load_text_encoder(name: str, *, max_tokens: int, device: str = "auto") -> Te
         case "open_clip" if source:
             return _load_open_clip(name, source, max_tokens, place)
     raise ConfigError(f"no text encoder is called {name!r}; use {_NAMES}")
+
+
+def text_width(name: str) -> int | None:
+    """The width of an encoder's embeddings as far as its name tells; None if the weights have to be asked."""
+    kind, _, source = name.partition(":")
+    if kind == "open_clip":
+        import open_clip
+
+        config = open_clip.get_model_config(source.partition("/")[0])
+        return None if config is None else int(config["text_cfg"]["width"])
+    return _WIDTHS.get(name)
 
 
 def _minilm_folder() -> str:

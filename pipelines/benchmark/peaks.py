@@ -34,6 +34,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def known_cards() -> tuple[str, ...]:
+    """The cards whose data sheets `known_peak` has."""
+    return tuple(_TFLOPS)
+
+
 def known_peak(name: str, dtype: str, *, tf32: bool) -> float | None:
     """Dense FLOP/s of a card by its data sheet; None where the card is not in the table, as for every CPU.
 

@@ -12,6 +12,7 @@ from pipelines.quickstart.corpus import Corpus
 from pipelines.run_config import Config
 from pipelines.tracking import TrackingConfig
 from pipelines.train import config as training
+from pipelines.train.model_config import ModelConfig, NetworkConfig
 
 PREVIEW_CAPTIONS = (
     "grinning face",
@@ -98,7 +99,7 @@ class QuickstartConfig(Config):
             seed=self.seed,
             data=training.DataConfig(table=self.place("table")),
             text=training.TextConfig(encoder="minilm", max_tokens=32, drop_prob=0.1),
-            model=training.ModelConfig(networks=(_shell(), _innermost())),
+            model=ModelConfig(networks=(_shell(), _innermost())),
             stages=(_stage(16, self.images_16px), _stage(32, self.images_32px)),
             scaling=training.ScalingConfig(workers=self.workers, cpus_per_worker=self.cpus_per_worker),
             checkpoint=training.CheckpointConfig(uri=self.place("training"), every_images=6_400),
@@ -119,8 +120,8 @@ class QuickstartConfig(Config):
         )
 
 
-def _innermost() -> training.NetworkConfig:
-    return training.NetworkConfig(
+def _innermost() -> NetworkConfig:
+    return NetworkConfig(
         resolution=16,
         channels=(64, 128),
         num_resnets=(1, 1),
@@ -132,8 +133,8 @@ def _innermost() -> training.NetworkConfig:
     )
 
 
-def _shell() -> training.NetworkConfig:
-    return training.NetworkConfig(
+def _shell() -> NetworkConfig:
+    return NetworkConfig(
         resolution=32,
         channels=(32, 64),
         num_resnets=(1, 1),

@@ -74,7 +74,7 @@ def _refresh(config: QuickstartConfig, corpus: Corpus) -> dict[str, Any]:
 def _plot_loss(config: QuickstartConfig, trained: TrainReport) -> None:
     """Draws loss.png from what MLflow holds of every stage."""
     curves = {}
-    sides = [network.resolution for network in config.train().model.networks]
+    sides = config.train().model.resolutions
     for name, run_id in child_runs(config.tracking, trained.run_id).items():
         for stage in config.train().stages:
             if name == f"stage {stage.resolution} px":

@@ -5,14 +5,11 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
-from mdm_core.config import MatryoshkaConfig, UNetConfig
-from mdm_core.errors import ConfigError
 from mdm_core.loss import LossWeighting
 from mdm_core.nested_unet import build_network
-from mdm_core.noise_schedule import NoiseSchedule, ScheduleKind, Shift
-from mdm_core.parameterization import PredictionType
 from pipelines.run_config import Config
 from pipelines.tracking import TrackingConfig
+from pipelines.train.model_config import ModelConfig
 
 
 class DataConfig(Config):
@@ -37,79 +34,6 @@ class TextConfig(Config):
     """Tokens of a caption that are kept."""
     drop_prob: float = Field(default=0.1, ge=0, lt=1)
     """Share of captions left out in training, so that guidance has something to guide away from."""
-
-
-class NetworkConfig(Config):
-    """One UNet of the nested network; see `mdm_core.config.UNetConfig`."""
-
-    resolution: int = Field(ge=4)
-    """Side of the pictures, in pixels."""
-    channels: tuple[int, ...]
-    """Channels at each level, finest first."""
-    num_resnets: tuple[int, ...]
-    """Residual blocks at each level."""
-    num_attention_layers: tuple[int, ...]
-    """Attention layers after each residual block of a level."""
-    time_dim: int | None = None
-    """Width of the time embedding; 4 × the first level's channels if empty."""
-    text_proj_dim: int | None = None
-    """Width to which the innermost network projects the text."""
-    mid_blocks: bool = True
-    """Whether the lowest level has two more residual blocks around an attention layer."""
-    attention_ffn: bool = True
-    """Whether a feed-forward follows each attention layer."""
-    num_heads: int = Field(default=8, ge=1)
-    """Attention heads."""
-    num_groups: int = Field(default=32, ge=1)
-    """Groups of each GroupNorm."""
-
-
-class ModelConfig(Config):
-    """The nested network and its diffusion process."""
-
-    networks: tuple[NetworkConfig, ...] = Field(min_length=1)
-    """The UNets, finest resolution first; each is nested around the next."""
-    prediction_type: PredictionType = "v"
-    """What the networks answer: the velocity, the noise or the clean picture."""
-    schedule: ScheduleKind = "squared_cosine"
-    """How the noise grows with the level; `NoiseSchedule` says where each comes from."""
-    num_timesteps: int = Field(default=1000, ge=1)
-    """Noise levels."""
-    shift_power: float = Field(default=1.0, ge=0)
-    """The signal-to-noise ratio of a resolution is divided by (side ÷ innermost side) to this power."""
-    shift: Shift = "snr"
-    """How: snr gives a finer resolution more noise, signal divides its pictures."""
-
-    def schedule_arguments(self) -> dict[str, Any]:
-        """Arguments of the `NoiseSchedule`."""
-        return {
-            "kind": self.schedule,
-            "num_timesteps": self.num_timesteps,
-            "shift_power": self.shift_power,
-            "shift": self.shift,
-        }
-
-    def noise_schedule(self) -> NoiseSchedule:
-        """The noise schedule of every resolution."""
-        return NoiseSchedule(**self.schedule_arguments())
-
-    def matryoshka(self, text_dim: int) -> MatryoshkaConfig:
-        """The networks, the innermost reading text embeddings `text_dim` wide."""
-        last = len(self.networks) - 1
-        return MatryoshkaConfig(
-            tuple(
-                UNetConfig(**network.model_dump(), text_dim=text_dim if index == last else None)
-                for index, network in enumerate(self.networks)
-            )
-        )
-
-    @model_validator(mode="after")
-    def _check_networks(self) -> Self:
-        try:
-            self.matryoshka(text_dim=1)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return self
 
 
 class StageConfig(Config):
@@ -215,6 +139,19 @@ class PreviewConfig(Config):
     """GPUs that it asks for; with 0 it computes on the CPU."""
 
 
+class PlanConfig(Config):
+    """What a dry run reckons with."""
+
+    deadline_h: float | None = Field(default=None, gt=0)
+    """Hours in which the run has to end; the images a second that it takes are worked out."""
+    card: str = Field(default="H100", min_length=1)
+    """The GPU, as its data sheet calls it, that the hours are worked out for; not asked where workers have no GPU."""
+    share_of_peak: float = Field(default=0.4, gt=0, le=1)
+    """The part of the card's bfloat16 peak that the training step is taken to reach."""
+    memory: bool = True
+    """Whether the memory of a worker is worked out, which takes some ten seconds a stage."""
+
+
 class TrainConfig(Config):
     """A training run: `mdm train`."""
 
@@ -236,6 +173,9 @@ class TrainConfig(Config):
     on_nan: Literal["stop", "skip"] = "stop"
     """What a step does whose gradients are not finite: end the run and name the rows, or leave the weights as they
     are and be counted."""
+    dry_run: bool = False
+    """Whether nothing is trained or written, and only what the run takes is worked out; `--dry-run` is enough."""
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -244,7 +184,7 @@ class TrainConfig(Config):
                 f"preview.num_inference_steps={self.preview.num_inference_steps} must be at most "
                 f"model.num_timesteps={self.model.num_timesteps}"
             )
-        resolutions = [network.resolution for network in self.model.networks]
+        resolutions = list(self.model.resolutions)
         for index, stage in enumerate(self.stages):
             where = f"stages.{index}"
             if stage.resolution not in resolutions:
@@ -288,7 +228,7 @@ class TrainConfig(Config):
         if not named:
             return
         with torch.device("meta"):
-            known = build_network(self.model.matryoshka(text_dim=1)).levels()
+            known = build_network(self.model.matryoshka(text_dim=self.model.text_dim or 1)).levels()
         if unknown := sorted(named - known.keys()):
             raise ValueError(
                 f"scaling.checkpoint_levels names {unknown[0]!r}, which is no level of the networks; there are "
@@ -298,6 +238,11 @@ class TrainConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: a checkpoint is only continued under the same values."""
         values = self.model_dump(mode="json")
-        for changeable in ("scaling", "checkpoint", "preview", "tracking", "log_every_steps", "on_nan"):
-            values.pop(changeable)
+        changeable = (
+            "scaling", "checkpoint", "preview", "tracking", "log_every_steps", "on_nan", "dry_run", "plan",
+        )  # fmt: skip
+        for name in changeable:
+            values.pop(name)
+        # A preset and the same networks written out are one model; the width is that of the table's embeddings anyway.
+        del values["model"]["preset"], values["model"]["text_dim"]
         return values

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mdm_core.errors import ConfigError, WorkError
+from mdm_core.errors import WorkError
 from pipelines import cluster, storage
 from pipelines.data.table import SampleTable
-from pipelines.embed.store import EmbeddingStore
 from pipelines.text_encoder import load_text_encoder
 from pipelines.tracking import Run, open_run
 from pipelines.train.batches import pad_text
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
+from pipelines.train.preflight import check_same_run, open_table, with_absolute_places
 from pipelines.train.preview import Preview
 from pipelines.train.stage import RunContext
 from pipelines.train.watch import Board, Watch
@@ -58,13 +57,13 @@ def train(config: TrainConfig) -> TrainReport:
         ConfigError: Something can't work; found before any worker starts.
         WorkError: Training failed more often than `scaling.max_failures`.
     """
-    config = _with_absolute_places(config)
+    config = with_absolute_places(config)
     start = latest_checkpoint(config.checkpoint.uri)
     if start is not None:
-        _check_same_run(config, start)
+        check_same_run(config, start)
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
-    table = _open_table(config, start)
+    table, _ = open_table(config, start)
     scaling = config.scaling
     cluster.connect(
         min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
@@ -84,42 +83,6 @@ def train(config: TrainConfig) -> TrainReport:
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
         _fit(RunContext(config, table.version, run.id), run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
-
-
-def _with_absolute_places(config: TrainConfig) -> TrainConfig:
-    """Workers run in other folders, on other machines: local paths must mean the same there."""
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"table": storage.absolute(config.data.table)}),
-            "checkpoint": config.checkpoint.model_copy(update={"uri": storage.absolute(config.checkpoint.uri)}),
-        }
-    )
-
-
-def _check_same_run(config: TrainConfig, start: Checkpoint) -> None:
-    try:
-        was, now = TrainConfig.model_validate(start.manifest.config).identity(), config.identity()
-    except ValidationError as error:
-        raise ConfigError(
-            f"{start.uri} was made by mdm {start.manifest.code_version} with a configuration that this version can't "
-            "read; use that version, or give the run another checkpoint.uri"
-        ) from error
-    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if changed:
-        raise ConfigError(
-            f"{config.checkpoint.uri} holds a run with another {', '.join(changed)}; a run is continued as it began: "
-            "put the old values back, or give the new run another checkpoint.uri"
-        )
-
-
-def _open_table(config: TrainConfig, start: Checkpoint | None) -> SampleTable:
-    version = None if config.data.version == "latest" else config.data.version
-    table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
-    if not table.shards("ok"):
-        raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
-    store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
-    config.model.matryoshka(store.width)
-    return table
 
 
 def _key(config: TrainConfig, table: SampleTable) -> str:

@@ -11,7 +11,7 @@ from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.nested_unet import build_network
 from pipelines.sample.generator import Generator, Pictures
 from pipelines.train.checkpoint import Checkpoint, Manifest, save_checkpoint
-from pipelines.train.config import ModelConfig
+from pipelines.train.model_config import ModelConfig
 
 MODEL = ModelConfig.model_validate(
     {

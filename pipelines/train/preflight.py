@@ -1,0 +1,55 @@
+"""What is looked at before a run starts, or would start: whether its checkpoint and its table suit it.
+
+Nothing here needs a cluster, so that a dry run refuses what a real one would.
+"""
+
+from pydantic import ValidationError
+
+from mdm_core.errors import ConfigError
+from pipelines import storage
+from pipelines.data.table import SampleTable
+from pipelines.embed.store import EmbeddingStore
+from pipelines.train.checkpoint import Checkpoint
+from pipelines.train.config import TrainConfig
+
+
+def with_absolute_places(config: TrainConfig) -> TrainConfig:
+    """The same configuration with local paths that mean the same in the folders where workers run."""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"table": storage.absolute(config.data.table)}),
+            "checkpoint": config.checkpoint.model_copy(update={"uri": storage.absolute(config.checkpoint.uri)}),
+        }
+    )
+
+
+def check_same_run(config: TrainConfig, start: Checkpoint) -> None:
+    """Raises a ConfigError if the checkpoint is of a run with other values than `config`."""
+    try:
+        was, now = TrainConfig.model_validate(start.manifest.config).identity(), config.identity()
+    except ValidationError as error:
+        raise ConfigError(
+            f"{start.uri} was made by mdm {start.manifest.code_version} with a configuration that this version can't "
+            "read; use that version, or give the run another checkpoint.uri"
+        ) from error
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"{config.checkpoint.uri} holds a run with another {', '.join(changed)}; a run is continued as it began: "
+            "put the old values back, or give the new run another checkpoint.uri"
+        )
+
+
+def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, EmbeddingStore]:
+    """The table of a run, at the version of its checkpoint if it has one, and the embeddings beside it.
+
+    Raises:
+        ConfigError: There is no such table or version, it has no ok row, or its embeddings don't suit the run.
+    """
+    version = None if config.data.version == "latest" else config.data.version
+    table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
+    if not table.shards("ok"):
+        raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
+    store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
+    config.model.matryoshka(store.width)
+    return table, store
