@@ -24,6 +24,7 @@ from pipelines.tracking import Run, open_run
 from pipelines.train.batches import pad_text
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
+from pipelines.train.run_lock import RunLock
 from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_worker
 
@@ -64,13 +65,15 @@ def train(config: TrainConfig) -> TrainReport:
     start = latest_checkpoint(config.checkpoint.uri)
     if start is not None:
         _check_same_run(config, start)
+        _check_snapshots(config, start)
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
     table = _open_table(config, start)
     cluster.connect(min_cpus=config.scaling.workers * config.scaling.cpus_per_worker)
     tags = {"table": table.uri, "table_version": table.version}
     key = _key(config, table)
-    with open_run(config.tracking, name=config.name, key=key, tags=tags) as run:
+    lock = RunLock(config.checkpoint.uri)
+    with lock, open_run(config.tracking, name=config.name, key=key, tags=tags) as run:
         run.log_params(
             {
                 "seed": config.seed,
@@ -81,7 +84,7 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, _encode_preview(config)), run, key, start)
+        _fit(RunContext(config, table.version, run.id, _encode_preview(config), lock.owner), run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 
@@ -108,6 +111,17 @@ def _check_same_run(config: TrainConfig, start: Checkpoint) -> None:
         raise ConfigError(
             f"{config.checkpoint.uri} holds a run with another {', '.join(changed)}; a run is continued as it began: "
             "put the old values back, or give the new run another checkpoint.uri"
+        )
+
+
+def _check_snapshots(config: TrainConfig, start: Checkpoint) -> None:
+    """A stage keeps snapshots of averages from its beginning, or none: they count every step."""
+    under_way = not start.manifest.stage_done
+    if config.checkpoint.ema_snapshots_every_images and under_way and not start.has("averages"):
+        raise ConfigError(
+            f"checkpoint.ema_snapshots_every_images={config.checkpoint.ema_snapshots_every_images}, but stage "
+            f"{start.manifest.stage} of {config.checkpoint.uri} began without averages for them; leave it out until "
+            "the stage is done, or give the run another checkpoint.uri"
         )
 
 

@@ -18,11 +18,13 @@ from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.sample.generator import Generator
 from pipelines.train.batches import BatchReader
-from pipelines.train.checkpoint import Checkpoint, Manifest, prune_checkpoints, save_checkpoint
+from pipelines.train.checkpoint import Checkpoint, Manifest, State
+from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
+from pipelines.train.ema_snapshots import EMA_LENGTHS
+from pipelines.train.run_lock import Owner
 from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
 
-State = dict[str, Tensor]
 Post = Callable[[dict[str, Any]], None]
 
 
@@ -37,6 +39,8 @@ class RunContext:
     """MLflow run of the training."""
     preview_text: tuple[Tensor, Tensor] | None = None
     """Encoded captions, (B, L, D) and (B, L), of the pictures made at each checkpoint."""
+    owner: Owner | None = None
+    """Who holds the folder of the run; None where nobody else can write there."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class Place:
 class StageRun:
     """A stage of the run, from its start or from a checkpoint of it."""
 
-    def __init__(self, context: RunContext, index: int, *, place: Place, post: Post) -> None:
+    def __init__(
+        self, context: RunContext, index: int, *, place: Place, post: Post, writer: CheckpointWriter | None
+    ) -> None:
         """Opens what the stage reads.
 
         Args:
@@ -59,8 +65,9 @@ class StageRun:
             index: The stage, from 0.
             place: This worker.
             post: Takes events for the driver: metrics and pictures. Called on rank 0 only.
+            writer: Writes the checkpoints; on rank 0 only.
         """
-        self.context, self.index, self.place, self.post = context, index, place, post
+        self.context, self.index, self.place, self.post, self.writer = context, index, place, post, writer
         self.config, self.stage = context.config, context.config.stages[index]
         self.table = SampleTable.open(self.config.data.table, context.table_version)
         self.store = EmbeddingStore.open(self.table, self.config.text.encoder, max_tokens=self.config.text.max_tokens)
@@ -75,12 +82,7 @@ class StageRun:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint of this stage."""
-        self.state.load(
-            weights=checkpoint.tensors("weights"),
-            ema=checkpoint.tensors("ema"),
-            optimizer=checkpoint.tensors("optimizer"),
-            step=checkpoint.manifest.images_seen // self.stage.global_batch_size,
-        )
+        self.state.load(checkpoint.tensors, step=checkpoint.manifest.images_seen // self.stage.global_batch_size)
         self.metrics = dict(checkpoint.manifest.metrics)
 
     def run(self) -> State:
@@ -111,8 +113,8 @@ class StageRun:
             done = state.step == stage.num_steps
             if done or state.step % self.config.log_every_steps == 0:
                 self._report(window, lr)
-            if done or self._checkpoint_is_due():
-                self._save(done)
+            if self.writer is not None:
+                self._save(self.writer, done)
             if done:
                 break
         return state.ema.state_dict()
@@ -130,7 +132,13 @@ class StageRun:
             grow(network, inner)
         network.checkpoint_levels(self._checkpointed(network))
         network = network.to(self.place.device)
-        return new_state(network, weight_decay=self.stage.weight_decay, ema_length=self.stage.ema_length)
+        keeps_snapshots = self.writer is not None and self.config.checkpoint.ema_snapshots_every_images is not None
+        return new_state(
+            network,
+            weight_decay=self.stage.weight_decay,
+            ema_length=self.stage.ema_length,
+            average_lengths=EMA_LENGTHS if keeps_snapshots else (),
+        )
 
     def _checkpointed(self, network: UNet) -> list[str]:
         """The levels to run twice; those of networks that have not been grown yet are left out."""
@@ -172,9 +180,8 @@ class StageRun:
             decay=stage.decay,
         )
 
-    def _checkpoint_is_due(self) -> bool:
-        every, batch = self.config.checkpoint.every_images, self.stage.global_batch_size
-        return self.images_seen // every > (self.images_seen - batch) // every
+    def _just_passed(self, every_images: int) -> bool:
+        return self.images_seen // every_images > (self.images_seen - self.stage.global_batch_size) // every_images
 
     def _report(self, window: "LossWindow", lr: float) -> None:
         by_resolution, grad_norm, steps, seconds = window.take()
@@ -190,12 +197,14 @@ class StageRun:
             shown |= {f"loss_{side}": value for side, value in zip(sides, by_resolution, strict=True)}
             self.post({"stage": self.index, "images": self.images_seen, "metrics": shown})
 
-    def _save(self, done: bool) -> None:
-        if self.place.rank != 0:
-            return
-        save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
-        prune_checkpoints(self.config.checkpoint.uri, stage=self.index, keep=self.config.checkpoint.keep)
-        self._post_pictures()
+    def _save(self, writer: CheckpointWriter, done: bool) -> None:
+        snapshots_every = self.config.checkpoint.ema_snapshots_every_images
+        # Ahead of the checkpoint: a run that goes on from there does not come by here again.
+        if self.state.averages is not None and snapshots_every and (done or self._just_passed(snapshots_every)):
+            writer.save_snapshot(self._manifest(done), self.state.averages.state_dict())
+        if done or self._just_passed(self.config.checkpoint.every_images):
+            writer.save(self._manifest(done), self.state.tensors())
+            self._post_pictures()
 
     def _post_pictures(self) -> None:
         if self.context.preview_text is not None:

@@ -1,5 +1,6 @@
 """What each Ray Train worker runs: the stages that are left."""
 
+import contextlib
 from typing import Any
 
 import ray
@@ -9,6 +10,8 @@ import torch
 
 from mdm_core.errors import MdmError
 from pipelines.train.checkpoint import latest_checkpoint
+from pipelines.train.checkpoint_writer import CheckpointWriter
+from pipelines.train.run_lock import take_fence
 from pipelines.train.stage import Place, Post, RunContext, StageRun
 
 
@@ -37,13 +40,20 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 def train_stages(context: RunContext, *, place: Place, post: Post) -> None:
     """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
-    start = latest_checkpoint(context.config.checkpoint.uri)
-    first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
-    inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
-    for index in range(first, len(context.config.stages)):
-        stage = StageRun(context, index, place=place, post=post)
-        if start is not None and start.manifest.stage == index:
-            stage.resume(start)
-        elif inner is not None:
-            stage.grow_from(inner)
-        inner = stage.run()
+    with _writer(context) if place.rank == 0 else contextlib.nullcontext() as writer:
+        start = latest_checkpoint(context.config.checkpoint.uri)
+        first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
+        inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
+        for index in range(first, len(context.config.stages)):
+            stage = StageRun(context, index, place=place, post=post, writer=writer)
+            if start is not None and start.manifest.stage == index:
+                stage.resume(start)
+            elif inner is not None:
+                stage.grow_from(inner)
+            inner = stage.run()
+
+
+def _writer(context: RunContext) -> CheckpointWriter:
+    checkpoint = context.config.checkpoint
+    fence = take_fence(checkpoint.uri, context.owner) if context.owner is not None else None
+    return CheckpointWriter(checkpoint.uri, keep=checkpoint.keep, fence=fence)

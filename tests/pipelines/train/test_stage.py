@@ -37,7 +37,12 @@ def train(config: TrainConfig, table: SampleTable, *, die_after: int | None = No
 
 def tensors(uri: str) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(uri)
-    return {f"{name}/{k}": v for name in ("weights", "ema", "optimizer") for k, v in checkpoint.tensors(name).items()}
+    # Copies: tensors are mapped from their file, and this module damages files in place.
+    return {
+        f"{name}/{k}": v.clone()
+        for name in ("weights", "ema", "optimizer")
+        for k, v in checkpoint.tensors(name).items()
+    }
 
 
 @pytest.fixture(scope="module")
