@@ -7,6 +7,7 @@ read. `weights` and `ema` are model files as well (`mdm_core.model_file`): alone
 what they are.
 """
 
+import errno
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mdm_core.config import MatryoshkaConfig
-from mdm_core.errors import CheckpointError, ConfigError
+from mdm_core.errors import CheckpointError, ConfigError, WorkError
 from mdm_core.model_file import header_metadata
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
@@ -108,6 +109,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: The file is missing, or not the one that was written.
+            WorkError: It can't be read now.
         """
         # Each caller has tensors of its own: they may be written to.
         return self._verified.pop(name, None) or self._read(name)
@@ -127,8 +129,12 @@ class Checkpoint:
             tensors, checksum = read_tensors(storage.join(self.uri, file))
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.uri} has lost its {file}; use an older checkpoint") from error
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.uri}/{file} can't be read: {error}") from error
+        except OSError as error:
+            # A server that does not answer is no reason to use an older checkpoint; a disk with a bad sector is.
+            kind = CheckpointError if error.errno == errno.EIO else WorkError
+            raise kind(f"{self.uri}/{file} can't be read: {error}") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.uri}/{file} is damaged: {error}") from error
         if checksum != self.manifest.files.get(file):
             raise CheckpointError(f"{self.uri}/{file} is damaged: its checksum is not the manifest's")
         return tensors

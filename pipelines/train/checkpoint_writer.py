@@ -62,7 +62,8 @@ class CheckpointWriter:
         except Exception as failure:
             if error is None:
                 raise
-            log.warning("a checkpoint could not be written: %s", failure)
+            if failure is not error:
+                log.warning("a checkpoint could not be written: %s", failure)
         finally:
             self._thread.shutdown()
 

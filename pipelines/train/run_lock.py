@@ -32,6 +32,7 @@ from typing import Any
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
+from pipelines.remote import as_os_error
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,8 @@ class RunLock:
                     log.error("%s was taken over by another run; nothing more is written there", self.uri)
                     return
                 self._beat()
-            except (OSError, WorkError) as error:
+            except Exception as error:
+                # Whatever it is: the next one may come through.
                 log.warning("no sign of life could be left at %s: %s", self.uri, error)
 
     def _beat(self, *, released: bool = False) -> None:
@@ -231,16 +233,23 @@ def _held(uri: str) -> Fence | None:
     """Who has the highest number; None if nobody has any."""
     torn_since_s: float | None = None
     while True:
-        files = storage.list_files(storage.join(uri, _FOLDER))
-        numbers = [int(Path(file).stem) for file in files if file.endswith(".json")]
-        if not numbers:
-            return None
-        number = max(numbers)
         try:
-            content = json.loads(storage.read_bytes(_number_uri(uri, number)))
-            return Fence(uri, Owner(**content["owner"]), number, content["mark"])
+            with as_os_error():
+                files = storage.list_files(storage.join(uri, _FOLDER))
+                numbers = [int(Path(file).stem) for file in files if file.endswith(".json")]
+                if not numbers:
+                    return None
+                number = max(numbers)
+                content = storage.read_bytes(_number_uri(uri, number))
         except FileNotFoundError:
             continue  # there is a higher one by now
+        except OSError as error:
+            raise WorkError(
+                f"{storage.join(uri, _FOLDER)} can't be read: {error}; who may write there is not known"
+            ) from error
+        try:
+            said = json.loads(content)
+            return Fence(uri, Owner(**said["owner"]), number, said["mark"])
         except (ValueError, TypeError, KeyError) as error:
             torn_since_s = torn_since_s or time.monotonic()
             if time.monotonic() - torn_since_s > _TORN_S:
