@@ -39,6 +39,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Model": {
         "train": "Train a Matryoshka Diffusion Model, stage by stage.",
+        "ema": "Average the weights of a training over any length, after the fact.",
         "evaluate": "Score a checkpoint against the pictures of a table.",
         "sample": "Make pictures from captions.",
         "benchmark": "Time a training step or the making of pictures, and say what it costs.",

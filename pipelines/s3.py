@@ -62,6 +62,29 @@ def delta_options() -> dict[str, str]:
     return options
 
 
+def abort_uploads(filesystem: Any, folder: str, *, before_s: float) -> int:
+    """Aborts uploads in parts under a folder that began before a time and never ended; returns how many.
+
+    Their parts take room that no listing shows.
+
+    Args:
+        filesystem: As `filesystem` returns it.
+        folder: The bucket and the key of the folder.
+        before_s: Seconds since 1970.
+    """
+    bucket, _, key = folder.partition("/")
+    prefix = key.rstrip("/") + "/" if key else ""
+    try:
+        uploads = filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])
+        left = [upload for upload in uploads if upload["Initiated"].timestamp() < before_s]
+        for upload in left:
+            filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    except (OSError, NotImplementedError):
+        # A key that may write need not be allowed to list uploads, and not every server can.
+        return 0
+    return len(left)
+
+
 @functools.cache
 def check_bucket(bucket: str, address: str) -> None:
     """Asks once whether a bucket can be used, and says in one message why not.

@@ -21,8 +21,10 @@ import pyarrow as pa
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import s3
+from pipelines.remote import RemoteFile, as_os_error
 
-_TEMPORARY_SUFFIX = ".partial"
+TEMPORARY_SUFFIX = ".partial"
+"""Ends the name of a local file that is not yet whole."""
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 # What a web server tells of a file that changes when the file does.
 _HTTP_VERSION = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
@@ -95,7 +97,7 @@ def fingerprint(uri: str) -> str:
     # What was listed before is what is asked about.
     filesystem.invalidate_cache()
     if _scheme(uri) == "http":
-        with _as_os_error():
+        with as_os_error():
             info = filesystem.info(path)
         return _digest([info.get(field) for field in _HTTP_VERSION])
     if _is_pattern(uri):
@@ -139,8 +141,8 @@ def open_input(uri: str) -> pa.NativeFile:
         with _local_path(uri).open("rb"):
             return pa.OSFile(str(_local_path(uri)), "rb")
     filesystem, path = open_uri(uri)
-    with _as_os_error():
-        return pa.PythonFile(_RemoteFile(filesystem.open(path, "rb")), mode="r")
+    with as_os_error():
+        return pa.PythonFile(RemoteFile(filesystem.open(path, "rb")), mode="r")
 
 
 def open_stream(uri: str) -> pa.NativeFile:
@@ -152,9 +154,9 @@ def open_stream(uri: str) -> pa.NativeFile:
     if _scheme(uri) != "http":
         return open_input(uri)
     filesystem, path = open_uri(uri)
-    with _as_os_error():
+    with as_os_error():
         # One request, so that it is one version of the file; a size, though unused, saves asking for it first.
-        return pa.PythonFile(_RemoteFile(filesystem.open(path, "rb", block_size=0, size=1)), mode="r")
+        return pa.PythonFile(RemoteFile(filesystem.open(path, "rb", block_size=0, size=1)), mode="r")
 
 
 def write_bytes_atomic(uri: str, data: bytes) -> None:
@@ -169,10 +171,39 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
             _write_local(_local_path(uri), data)
         else:
             filesystem, path = open_uri(uri)
-            with _as_os_error():
+            with as_os_error():
                 filesystem.pipe_file(path, data)
     except OSError as error:
-        raise _cannot_write(uri, len(data), error) from error
+        raise cannot_write(uri, len(data), error) from error
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Writes a small file unless there is one, and returns whether `data` is what is there now.
+
+    Of several writers at once, with different data, one gets True: on a local disk, and on S3 where the server knows
+    conditional puts. Where it doesn't, the last one wins, which `read_bytes` tells. A local file may be seen before
+    its content is.
+
+    Raises:
+        WorkError: It could not be written.
+    """
+    _check_writable(uri)
+    filesystem, path = open_uri(uri)
+    error: OSError | None = None
+    try:
+        if _scheme(uri) == "file":
+            _local_path(uri).parent.mkdir(parents=True, exist_ok=True)
+        with as_os_error():
+            filesystem.pipe_file(path, data, mode="create")
+    except OSError as raised:
+        # Another's file is an error that servers name differently; so is ours, when its answer was lost.
+        error = raised
+    try:
+        return read_bytes(uri) == data
+    except FileNotFoundError:
+        raise cannot_write(
+            uri, len(data), error or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        ) from error
 
 
 def list_files(uri: str) -> list[str]:
@@ -183,7 +214,7 @@ def list_files(uri: str) -> list[str]:
     filesystem, path = open_uri(uri)
     prefix = "s3://" if _scheme(uri) == "s3" else ""
     # Some S3 servers tell of an empty folder as if it were a file.
-    found = (file for file in filesystem.find(path) if file != path and not file.endswith(_TEMPORARY_SUFFIX))
+    found = (file for file in filesystem.find(path) if file != path and not file.endswith(TEMPORARY_SUFFIX))
     return sorted(prefix + file for file in found)
 
 
@@ -196,14 +227,17 @@ def delete(uri: str) -> None:
 
 
 def delete_unfinished(uri: str, *, older_than_s: float, now_s: float) -> int:
-    """Deletes what writers killed in the middle left under the local folder `uri`, and returns how many files.
+    """Deletes what writers killed in the middle left under the folder `uri`, and returns how many files.
 
-    On object storage a put that was cut short leaves nothing.
+    On object storage they are the parts of large files whose upload was cut; a put that was cut leaves nothing.
     """
+    if _scheme(uri) == "s3":
+        filesystem, folder = open_uri(uri)
+        return s3.abort_uploads(filesystem, folder, before_s=now_s - older_than_s)
     if _scheme(uri) != "file" or not _local_path(uri).is_dir():
         return 0
     num_deleted = 0
-    for path in _local_path(uri).rglob(f"*{_TEMPORARY_SUFFIX}"):
+    for path in _local_path(uri).rglob(f"*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
             if now_s - path.stat().st_mtime > older_than_s:
                 path.unlink()
@@ -263,60 +297,6 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-class _RemoteFile:
-    """A file of a remote filesystem whose errors are all OSErrors.
-
-    Args:
-        file: As fsspec opens it.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return bool(self._file.closed)
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        """Returns at most so many bytes, and none at the end."""
-        with _as_os_error():
-            return bytes(self._file.read(num_bytes))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Goes to a position, and returns it."""
-        with _as_os_error():
-            return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        """Returns the position."""
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        """Closes it."""
-        self._file.close()
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Raises what the clients of web servers and of object storage raise as an OSError of one line."""
-    try:
-        yield
-    except aiohttp.ClientResponseError as error:
-        raise OSError(f"HTTP {error.status} {error.message}") from error
-    except FileNotFoundError as error:
-        if isinstance(cause := error.__cause__, aiohttp.ClientResponseError):
-            raise OSError(f"HTTP {cause.status} {cause.message}") from error
-        if isinstance(cause, aiohttp.ClientError):
-            raise OSError(str(cause)) from error
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
-    except OSError:
-        raise
-    except Exception as error:
-        # botocore's and aiohttp's errors share no class with anything; a server without ranges is a ValueError.
-        raise OSError(one_line(error)) from error
-
-
 def _local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://")).expanduser().absolute()
 
@@ -324,7 +304,7 @@ def _local_path(uri: str) -> Path:
 def _write_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, as a rename is atomic only inside one filesystem.
-    with _unlinked_on_error(path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")) as temporary:
+    with _unlinked_on_error(path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")) as temporary:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -342,7 +322,8 @@ def _unlinked_on_error(path: Path) -> Iterator[Path]:
         raise
 
 
-def _cannot_write(uri: str, num_bytes: int, error: OSError) -> WorkError:
+def cannot_write(uri: str, num_bytes: int, error: OSError) -> WorkError:
+    """The error to raise for one that came while writing `num_bytes` to `uri`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return WorkError(
             f"the disk is full: could not write {num_bytes:,} bytes to {uri}; free some space and run again"

@@ -1,8 +1,5 @@
 """What pictures are made with: a run's checkpoint, a published file, or a model file of this project."""
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +15,7 @@ from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.parameterization import PredictionType
 from mdm_core.unet import UNet
 from pipelines import storage
+from pipelines.large_files import on_disk
 from pipelines.sample.published import published_shape
 from pipelines.sample.text import TextSettings
 from pipelines.train.checkpoint import Manifest, open_checkpoint
@@ -89,7 +87,7 @@ def load(uri: str, *, weights: Weights, encoder: str = "", max_tokens: int | Non
         return _of_run(uri, weights, encoder, max_tokens)
     if weights != "ema":
         raise ConfigError(f"weights={weights} is of a run's checkpoints; {uri} has only its own, leave weights out")
-    with _local(uri) as path:
+    with on_disk(uri) as path:
         if uri.endswith(_PUBLISHED):
             return _published(path, uri, encoder or _PUBLISHED_ENCODER, max_tokens or _PUBLISHED_TOKENS)
         return _model_file(path, uri, encoder, max_tokens)
@@ -153,16 +151,3 @@ def _text_settings(
         hides_padding=config.networks[-1].mask_text,
         negative_is_empty_caption=negative_is_empty_caption,
     )
-
-
-@contextlib.contextmanager
-def _local(uri: str) -> Iterator[Path]:
-    """The file at `uri` on this machine's disk, copied there for the block if it is on object storage."""
-    filesystem, path = storage.open_uri(uri)
-    if not uri.startswith("s3://"):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="mdm-") as folder:
-        copy = Path(folder) / path.rpartition("/")[2]
-        filesystem.get_file(path, str(copy))
-        yield copy

@@ -122,6 +122,9 @@ class CheckpointConfig(Config):
     """Images between two checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints of the current stage that are kept."""
+    ema_snapshots_every_images: int | None = Field(default=None, ge=1)
+    """Images between two snapshots of averages, which are kept for good: `mdm ema` makes an average of any length from
+    them. None keeps none; 1/50 of the stage is plenty."""
 
 
 class PreviewConfig(Config):

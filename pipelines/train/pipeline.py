@@ -22,6 +22,7 @@ from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_check
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight import check_same_run, open_table, with_absolute_places
 from pipelines.train.preview import Preview
+from pipelines.train.run_lock import RunLock
 from pipelines.train.stage import RunContext
 from pipelines.train.watch import Board, Watch
 from pipelines.train.worker import train_worker
@@ -70,7 +71,8 @@ def train(config: TrainConfig) -> TrainReport:
     )
     tags = {"table": table.uri, "table_version": table.version}
     key = _key(config, table)
-    with open_run(config.tracking, name=config.name, key=key, tags=tags) as run:
+    lock = RunLock(config.checkpoint.uri)
+    with lock, open_run(config.tracking, name=config.name, key=key, tags=tags) as run:
         run.log_params(
             {
                 "seed": config.seed,
@@ -81,7 +83,7 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id), run, key, start)
+        _fit(RunContext(config, table.version, run.id, lock.owner), run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 

@@ -24,7 +24,7 @@ def with_absolute_places(config: TrainConfig) -> TrainConfig:
 
 
 def check_same_run(config: TrainConfig, start: Checkpoint) -> None:
-    """Raises a ConfigError if the checkpoint is of a run with other values than `config`."""
+    """Raises a ConfigError if `config` can't go on from the checkpoint: it is of a run with other values."""
     try:
         was, now = TrainConfig.model_validate(start.manifest.config).identity(), config.identity()
     except ValidationError as error:
@@ -38,6 +38,7 @@ def check_same_run(config: TrainConfig, start: Checkpoint) -> None:
             f"{config.checkpoint.uri} holds a run with another {', '.join(changed)}; a run is continued as it began: "
             "put the old values back, or give the new run another checkpoint.uri"
         )
+    _check_snapshots(config, start)
 
 
 def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, EmbeddingStore]:
@@ -53,3 +54,14 @@ def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTab
     store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
     config.model.matryoshka(store.width)
     return table, store
+
+
+def _check_snapshots(config: TrainConfig, start: Checkpoint) -> None:
+    """Raises ConfigError if a stage that is under way can't keep snapshots of averages: they count every step."""
+    under_way = not start.manifest.stage_done
+    if config.checkpoint.ema_snapshots_every_images and under_way and not start.has("averages"):
+        raise ConfigError(
+            f"checkpoint.ema_snapshots_every_images={config.checkpoint.ema_snapshots_every_images}, but stage "
+            f"{start.manifest.stage} of {config.checkpoint.uri} began without averages for them; leave it out until "
+            "the stage is done, or give the run another checkpoint.uri"
+        )

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,15 +18,16 @@ from mdm_core.unet import UNet
 from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.train.batches import Batch, BatchReader
-from pipelines.train.checkpoint import Checkpoint, Manifest, checkpoint_uri, prune_checkpoints, save_checkpoint
+from pipelines.train.checkpoint import Checkpoint, Manifest, State, checkpoint_uri
+from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
+from pipelines.train.ema_snapshots import EMA_LENGTHS
 from pipelines.train.finite import FiniteCheck
 from pipelines.train.loss_window import LossWindow
 from pipelines.train.place import Place
+from pipelines.train.run_lock import Owner
 from pipelines.train.speed import Speed
 from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RunContext:
     """The number that `latest` stood for when the run began."""
     run_id: str
     """MLflow run of the training."""
+    owner: Owner | None = None
+    """Who holds the folder of the run; None where nobody else can write there."""
 
 
 class Hooks:
@@ -49,8 +52,15 @@ class Hooks:
     def reported(self, stage: int, images: int) -> None:
         """Called on every rank after each report of the losses."""
 
-    def saved(self, uri: str, stage: int, images: int) -> None:
-        """Called on every rank at each checkpoint: its URI, the stage, and the images of the stage so far."""
+    def saved(self, uri: str, stage: int, images: int, wait: Callable[[], None]) -> None:
+        """Called on every rank at each checkpoint, while it is written.
+
+        Args:
+            uri: Of the checkpoint.
+            stage: Its number.
+            images: Of the stage so far.
+            wait: Returns once the checkpoint is whole; on rank 0.
+        """
 
     def preemption(self) -> str:
         """Says which machines are about to go, if any; every rank asks at the same steps, and gets the same answer."""
@@ -60,7 +70,9 @@ class Hooks:
 class StageRun:
     """A stage of the run, from its start or from a checkpoint of it."""
 
-    def __init__(self, context: RunContext, index: int, *, place: Place, hooks: Hooks) -> None:
+    def __init__(
+        self, context: RunContext, index: int, *, place: Place, hooks: Hooks, writer: CheckpointWriter | None
+    ) -> None:
         """Opens what the stage reads.
 
         Args:
@@ -68,8 +80,9 @@ class StageRun:
             index: The stage, from 0.
             place: This worker.
             hooks: What is told and asked on the way.
+            writer: Writes the checkpoints; on rank 0 only.
         """
-        self.context, self.index, self.place, self.hooks = context, index, place, hooks
+        self.context, self.index, self.place, self.hooks, self.writer = context, index, place, hooks, writer
         self.config, self.stage = context.config, context.config.stages[index]
         self.table = SampleTable.open(self.config.data.table, context.table_version)
         self.store = EmbeddingStore.open(self.table, self.config.text.encoder, max_tokens=self.config.text.max_tokens)
@@ -85,12 +98,7 @@ class StageRun:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint of this stage."""
-        self.state.load(
-            weights=checkpoint.tensors("weights"),
-            ema=checkpoint.tensors("ema"),
-            optimizer=checkpoint.tensors("optimizer"),
-            step=checkpoint.manifest.images_seen // self.stage.global_batch_size,
-        )
+        self.state.load(checkpoint.tensors, step=checkpoint.manifest.images_seen // self.stage.global_batch_size)
         self.metrics = dict(checkpoint.manifest.metrics)
 
     def run(self) -> State:
@@ -115,10 +123,7 @@ class StageRun:
             is_reported = done or state.step % self.config.log_every_steps == 0
             if is_reported:
                 self._report(window, lr, finite.num_skipped)
-            if done or self._checkpoint_is_due() or (is_reported and self._is_preempted()):
-                # A checkpoint after gradients that were to stop the run would pass over them in silence.
-                finite.check()
-                self._save(done)
+            self._save(finite, done, is_preempted=is_reported and self._is_preempted())
             if done:
                 break
         return state.ema.state_dict()
@@ -172,7 +177,13 @@ class StageRun:
             grow(network, inner)
         network.checkpoint_levels(self._checkpointed(network))
         network = network.to(self.place.device)
-        return new_state(network, weight_decay=self.stage.weight_decay, ema_length=self.stage.ema_length)
+        keeps_snapshots = self.writer is not None and self.config.checkpoint.ema_snapshots_every_images is not None
+        return new_state(
+            network,
+            weight_decay=self.stage.weight_decay,
+            ema_length=self.stage.ema_length,
+            average_lengths=EMA_LENGTHS if keeps_snapshots else (),
+        )
 
     def _checkpointed(self, network: UNet) -> list[str]:
         """The levels to run twice; those of networks that have not been grown yet are left out."""
@@ -220,9 +231,8 @@ class StageRun:
             decay=stage.decay,
         )
 
-    def _checkpoint_is_due(self) -> bool:
-        every, batch = self.config.checkpoint.every_images, self.stage.global_batch_size
-        return self.images_seen // every > (self.images_seen - batch) // every
+    def _just_passed(self, every_images: int) -> bool:
+        return self.images_seen // every_images > (self.images_seen - self.stage.global_batch_size) // every_images
 
     def _is_preempted(self) -> bool:
         """Whether a machine has been called back since the last checkpoint for that reason."""
@@ -256,12 +266,26 @@ class StageRun:
         }
         self.hooks.post({"stage": self.index, "images": self.images_seen, "metrics": shown})
 
-    def _save(self, done: bool) -> None:
-        uri = checkpoint_uri(self.config.checkpoint.uri, self.index, self.images_seen)
-        if self.place.rank == 0:
-            save_checkpoint(self.config.checkpoint.uri, self._manifest(done), self.state.tensors())
-            prune_checkpoints(self.config.checkpoint.uri, stage=self.index, keep=self.config.checkpoint.keep)
-        self.hooks.saved(uri, self.index, self.images_seen)
+    def _save(self, finite: FiniteCheck, done: bool, *, is_preempted: bool) -> None:
+        """Writes what is due after this step: a snapshot of the averages, a checkpoint."""
+        snapshots_every = self.config.checkpoint.ema_snapshots_every_images
+        snapshot_is_due = snapshots_every is not None and (done or self._just_passed(snapshots_every))
+        checkpoint_is_due = done or is_preempted or self._just_passed(self.config.checkpoint.every_images)
+        if snapshot_is_due or checkpoint_is_due:
+            # After gradients that are to stop the run, a checkpoint would pass over them in silence.
+            finite.check()
+        # Ahead of the checkpoint: a run that goes on from there does not come by here again.
+        if snapshot_is_due and self.writer is not None and self.state.averages is not None:
+            self.writer.save_snapshot(self._manifest(done), self.state.averages.state_dict())
+        if not checkpoint_is_due:
+            return
+        if self.writer is not None:
+            self.writer.save(self._manifest(done), self.state.tensors())
+            if is_preempted:
+                self.writer.wait()
+        uri = checkpoint_uri(self.config.checkpoint.uri, stage=self.index, images_seen=self.images_seen)
+        wait = self.writer.wait if self.writer is not None else lambda: None
+        self.hooks.saved(uri, self.index, self.images_seen, wait)
 
     def _manifest(self, done: bool) -> Manifest:
         before = sum(s.num_steps * s.global_batch_size for s in self.config.stages[: self.index])

@@ -1,12 +1,12 @@
 """One optimizer step, and the stage's state between steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mdm_core.ema import PowerEma
+from mdm_core.ema import PowerEma, PowerEmaTracker
 from mdm_core.loss import LossWeighting, matryoshka_loss, training_pairs
 from mdm_core.parameterization import PredictionType
 from mdm_core.pyramid import build_pyramid
@@ -29,30 +29,43 @@ class TrainState:
     ema: PowerEma
     optimizer: torch.optim.AdamW
     step: int = 0
+    averages: PowerEmaTracker | None = None
+    """What snapshots are made of, where they are."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The files of a checkpoint, by name."""
-        return {
+        files = {
             "weights": dict(self.network.state_dict()),
             "ema": self.ema.state_dict(),
             "optimizer": _optimizer_tensors(self.network, self.optimizer),
         }
+        return files if self.averages is None else files | {"averages": self.averages.state_dict()}
 
-    def load(
-        self, *, weights: dict[str, Tensor], ema: dict[str, Tensor], optimizer: dict[str, Tensor], step: int
-    ) -> None:
-        """Takes back what `tensors` gave."""
-        self.network.load_state_dict(weights)
-        self.ema.load_state_dict(ema)
-        _load_optimizer_tensors(self.network, self.optimizer, optimizer)
+    def load(self, read: Callable[[str], dict[str, Tensor]], *, step: int) -> None:
+        """Takes back what `tensors` gave after a step; `read` gives a file of it by name."""
+        self.network.load_state_dict(read("weights"))
+        self.ema.load_state_dict(read("ema"))
+        _load_optimizer_tensors(self.network, self.optimizer, read("optimizer"))
+        if self.averages is not None:
+            self.averages.load_state_dict(read("averages"))
         self.step = step
 
 
-def new_state(network: UNet, *, weight_decay: float, ema_length: float) -> TrainState:
-    """The state before the first step; the networks' convolutions run in channels-last order."""
+def new_state(
+    network: UNet, *, weight_decay: float, ema_length: float, average_lengths: Sequence[float] = ()
+) -> TrainState:
+    """The state before the first step; the networks' convolutions run in channels-last order.
+
+    Args:
+        network: Freshly built, or with the weights to begin from.
+        weight_decay: AdamW's.
+        ema_length: Length of the average.
+        average_lengths: Lengths of those that snapshots are made of; none for no snapshots.
+    """
     network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    return TrainState(network, PowerEma(network, relative_length=ema_length), optimizer)
+    averages = PowerEmaTracker(network, relative_lengths=average_lengths) if average_lengths else None
+    return TrainState(network, PowerEma(network, relative_length=ema_length), optimizer, averages=averages)
 
 
 def losses(
@@ -115,6 +128,8 @@ def optimizer_step(state: TrainState, *, lr: float, max_grad_norm: float) -> Ten
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.ema.update(state.network, state.step)
+    if state.averages is not None:
+        state.averages.update(state.network, state.step)
     return norm
 
 

@@ -1,19 +1,24 @@
 """What each Ray Train worker runs: the stages that are left."""
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, ValidationTaskConfig
+import torch.distributed
+from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
 from mdm_core.errors import MdmError
 from pipelines import storage
 from pipelines.tracking import SystemMetrics
-from pipelines.train.checkpoint import latest_checkpoint
+from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
+from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.finite import AgreedError
 from pipelines.train.place import Place
+from pipelines.train.run_lock import take_fence
 from pipelines.train.stage import Hooks, RunContext, StageRun
 
 
@@ -43,16 +48,33 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
     """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
-    start = latest_checkpoint(context.config.checkpoint.uri)
-    first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
-    inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
-    for index in range(first, len(context.config.stages)):
-        stage = StageRun(context, index, place=place, hooks=hooks)
-        if start is not None and start.manifest.stage == index:
-            stage.resume(start)
-        elif inner is not None:
-            stage.grow_from(inner)
-        inner = stage.run()
+    with _writer(context) if place.rank == 0 else contextlib.nullcontext() as writer:
+        start = _start(context, place)
+        first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
+        inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
+        for index in range(first, len(context.config.stages)):
+            stage = StageRun(context, index, place=place, hooks=hooks, writer=writer)
+            if start is not None and start.manifest.stage == index:
+                stage.resume(start)
+            elif inner is not None:
+                stage.grow_from(inner)
+            inner = stage.run()
+
+
+def _start(context: RunContext, place: Place) -> Checkpoint | None:
+    """The checkpoint that all workers go on from: the one that rank 0 finds."""
+    if place.workers == 1:
+        return latest_checkpoint(context.config.checkpoint.uri)
+    found = latest_checkpoint(context.config.checkpoint.uri) if place.rank == 0 else None
+    uri = [None if found is None else found.uri]
+    torch.distributed.broadcast_object_list(uri)
+    return found if found is not None or uri[0] is None else open_checkpoint(uri[0])
+
+
+def _writer(context: RunContext) -> CheckpointWriter:
+    checkpoint = context.config.checkpoint
+    fence = take_fence(checkpoint.uri, context.owner) if context.owner is not None else None
+    return CheckpointWriter(checkpoint.uri, keep=checkpoint.keep, fence=fence)
 
 
 class _RayHooks(Hooks):
@@ -69,16 +91,24 @@ class _RayHooks(Hooks):
         if self._system is not None:
             self.post({"stage": stage, "images": images, "system": self._system.take()})
 
-    def saved(self, uri: str, stage: int, images: int) -> None:
+    def saved(self, uri: str, stage: int, images: int, wait: Callable[[], None]) -> None:
         if not self._previews:
             return
+
+        def whole(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            wait()
+            return checkpoint
+
         # Every worker must come here; rank 0 alone has something to hand in.
         is_first = self._place.rank == 0
         filesystem, path = storage.arrow_filesystem(uri)
         ray.train.report(
             {},
-            checkpoint=Checkpoint(path, filesystem) if is_first else None,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            checkpoint=ray.train.Checkpoint(path, filesystem) if is_first else None,
+            # On a thread of Ray's, which tells the preview once the checkpoint is written.
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=whole,
+            delete_local_checkpoint_after_upload=False,
             validation=ValidationTaskConfig({"uri": uri, "stage": stage, "images": images}) if is_first else False,
         )
 

@@ -16,7 +16,8 @@ from PIL import Image
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.nested_unet import build_network
 from pipelines.data.table import SampleTable
-from pipelines.train.checkpoint import Checkpoint, Manifest, save_checkpoint
+from pipelines.train.checkpoint import Checkpoint, Manifest
+from pipelines.train.checkpoint_writer import save_checkpoint
 
 SIDE = 16
 NUM_ROWS = 40

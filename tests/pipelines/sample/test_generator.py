@@ -10,7 +10,8 @@ import torch
 from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.nested_unet import build_network
 from pipelines.sample.generator import Generator, Pictures
-from pipelines.train.checkpoint import Checkpoint, Manifest, save_checkpoint
+from pipelines.train.checkpoint import Checkpoint, Manifest
+from pipelines.train.checkpoint_writer import save_checkpoint
 from pipelines.train.model_config import ModelConfig
 
 MODEL = ModelConfig.model_validate(

@@ -24,7 +24,8 @@ from pipelines.sample import models
 from pipelines.sample.generator import Generator, Options, Pictures
 from pipelines.sample.noise import PictureNoise
 from pipelines.sample.published import published_shape
-from pipelines.train.checkpoint import Checkpoint, Manifest, save_checkpoint
+from pipelines.train.checkpoint import Checkpoint, Manifest
+from pipelines.train.checkpoint_writer import save_checkpoint
 
 from .conftest import WIDTH, embedding, random_network, small_config
 

@@ -14,27 +14,11 @@ from pipelines.train.checkpoint import latest_checkpoint, list_checkpoints, open
 from pipelines.train.config import PreviewConfig, TrainConfig
 from pipelines.train.place import Place
 from pipelines.train.preview import Preview
-from pipelines.train.stage import Hooks, RunContext
+from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_stages
 
 from .conftest import run_config
-
-
-class Killed(BaseException):
-    """Stands for a process that dies between two steps."""
-
-
-class Listener(Hooks):
-    """Keeps the events; dies in the place of the one after `die_after` of them."""
-
-    def __init__(self, die_after: int | None = None) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._die_after = die_after
-
-    def post(self, event: dict[str, Any]) -> None:
-        if len(self.events) == self._die_after:
-            raise Killed
-        self.events.append(event)
+from .listener import KilledError, Listener
 
 
 def train(config: TrainConfig, table: SampleTable, *, die_after: int | None = None) -> list[dict[str, Any]]:
@@ -46,7 +30,12 @@ def train(config: TrainConfig, table: SampleTable, *, die_after: int | None = No
 
 def tensors(uri: str) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(uri)
-    return {f"{name}/{k}": v for name in ("weights", "ema", "optimizer") for k, v in checkpoint.tensors(name).items()}
+    # Copies: tensors are mapped from their file, and this module damages files in place.
+    return {
+        f"{name}/{k}": v.clone()
+        for name in ("weights", "ema", "optimizer")
+        for k, v in checkpoint.tensors(name).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +53,7 @@ def test_a_run_that_dies_goes_on_as_if_it_had_not(
     table: SampleTable, tmp_path: Path, unbroken: tuple[Path, list[dict[str, Any]]], die_after: int
 ) -> None:
     config = run_config(table, tmp_path)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(config, table, die_after=die_after)
     events = train(config, table)
     expected = losses(unbroken[1])
@@ -167,7 +156,7 @@ def test_levels_that_run_twice_are_no_part_of_a_run(
     table: SampleTable, tmp_path: Path, unbroken: tuple[Path, list[dict[str, Any]]]
 ) -> None:
     config = run_config(table, tmp_path, scaling={"checkpoint_levels": ["16.up.0"]})
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(config, table, die_after=3)
     assert config.identity() == run_config(table, tmp_path).identity()
     events = train(run_config(table, tmp_path), table)

@@ -129,7 +129,7 @@ def test_a_frozen_layer_comes_back_with_the_others() -> None:
     for trained in (undisturbed, undisturbed, cut):
         step(trained)
     kept = {name: {key: value.clone() for key, value in tensors.items()} for name, tensors in cut.tensors().items()}
-    resumed.load(**kept, step=1)
+    resumed.load(kept.__getitem__, step=1)
     step(resumed)
     for key, value in undisturbed.network.state_dict().items():
         assert torch.equal(resumed.network.state_dict()[key], value)
