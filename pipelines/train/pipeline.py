@@ -21,9 +21,10 @@ from pipelines.evaluate.grids import picture_grid
 from pipelines.progress import Progress
 from pipelines.text_encoder import load_text_encoder
 from pipelines.tracking import Run, open_run
-from pipelines.train.batches import pad_text
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
+from pipelines.train.ingest.batch import pad_text
+from pipelines.train.ingest.selection import select_rows
 from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_worker
 
@@ -67,6 +68,8 @@ def train(config: TrainConfig) -> TrainReport:
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
     table = _open_table(config, start)
+    selection = select_rows(table, config.data.where)
+    _check_text(config, table)
     cluster.connect(min_cpus=config.scaling.workers * config.scaling.cpus_per_worker)
     tags = {"table": table.uri, "table_version": table.version}
     key = _key(config, table)
@@ -81,7 +84,8 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, _encode_preview(config)), run, key, start)
+        context = RunContext(config, table.version, run.id, _encode_preview(config), selection)
+        _fit(context, run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 
@@ -113,12 +117,12 @@ def _check_same_run(config: TrainConfig, start: Checkpoint) -> None:
 
 def _open_table(config: TrainConfig, start: Checkpoint | None) -> SampleTable:
     version = None if config.data.version == "latest" else config.data.version
-    table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
-    if not table.shards("ok"):
-        raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
+    return SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
+
+
+def _check_text(config: TrainConfig, table: SampleTable) -> None:
     store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
     config.model.matryoshka(store.width)
-    return table
 
 
 def _encode_preview(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor] | None:

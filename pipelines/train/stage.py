@@ -1,7 +1,7 @@
 """One stage of training on one worker, step by step. It knows nothing of Ray: rank and workers are numbers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -17,9 +17,11 @@ from mdm_core.unet import UNet
 from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.sample.generator import Generator
-from pipelines.train.batches import BatchReader
 from pipelines.train.checkpoint import Checkpoint, Manifest, prune_checkpoints, save_checkpoint
 from pipelines.train.config import TrainConfig
+from pipelines.train.ingest.batch import Batch
+from pipelines.train.ingest.reader import BatchReader
+from pipelines.train.ingest.selection import Selection, select_rows
 from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
 
 State = dict[str, Tensor]
@@ -37,6 +39,8 @@ class RunContext:
     """MLflow run of the training."""
     preview_text: tuple[Tensor, Tensor] | None = None
     """Encoded captions, (B, L, D) and (B, L), of the pictures made at each checkpoint."""
+    selection: Selection | None = None
+    """The rows that are trained on; found by each worker if empty."""
 
 
 @dataclass(frozen=True)
@@ -142,25 +146,33 @@ class StageRun:
             return network
         return DistributedDataParallel(network, device_ids=[self.place.device] if self.place.device.index else None)
 
-    def _batches(self) -> Any:
-        reader = BatchReader(
+    def _batches(self) -> Iterator[Batch]:
+        data = self.config.data
+        selection = self.context.selection or select_rows(self.table, data.where)
+        with BatchReader(
             self.table,
             self.store,
+            selection,
             resolutions=self.networks.resolutions,
             seed=self.config.seed,
             stage=self.index,
             num_timesteps=self.config.model.num_timesteps,
             max_tokens=self.config.text.max_tokens,
             drop_prob=self.config.text.drop_prob,
-            flip=self.config.data.flip,
-            shuffle_shards=self.config.data.shuffle_shards,
-        )
-        return reader.steps(
-            self.state.step,
-            global_batch_size=self.stage.global_batch_size,
-            rank=self.place.rank,
-            workers=self.place.workers,
-        )
+            flip=data.flip,
+            crop=data.crop,
+            shuffle_row_groups=data.shuffle_row_groups,
+            prefetch_steps=data.prefetch_steps,
+            num_threads=self.config.scaling.cpus_per_worker,
+            pin_memory=self.place.device.type == "cuda",
+        ) as reader:
+            for (batch,) in reader.steps(
+                self.state.step,
+                global_batch_size=self.stage.global_batch_size,
+                rank=self.place.rank,
+                workers=self.place.workers,
+            ):
+                yield batch
 
     def _learning_rate(self) -> float:
         stage = self.stage

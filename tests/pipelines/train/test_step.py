@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mdm_core.nested_unet import build_network
-from pipelines.train.batches import Batch
 from pipelines.train.config import ModelConfig
+from pipelines.train.ingest.batch import Batch
 from pipelines.train.step import TrainState, losses, new_state, optimizer_step
 
 SIDES = (16, 8)
