@@ -4,10 +4,12 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
+from mdm_core.pyramid import build_pyramid
 from pipelines.train.ingest.decode import decode_square
 
 Pixels = NDArray[np.uint8]
@@ -25,11 +27,11 @@ def psnr(a: Pixels, b: Pixels) -> float:
 
 
 def by_pillow(image: bytes, side: int, left: int, top: int) -> Pixels:
-    """Decoded at its full size, cut to a square and resized."""
+    """Decoded at its full size, cut to a square, and averaged where it is whole times larger, else resized."""
     with Image.open(io.BytesIO(image)) as picture:
         square = min(picture.size)
         cut = picture.convert("RGB").crop((left, top, left + square, top + square))
-    return np.asarray(cut.resize((side, side), Image.Resampling.LANCZOS))
+    return np.asarray(cut.resize((side, side), Image.Resampling[("LANCZOS" if square % side else "BOX")]))
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -61,6 +63,11 @@ def test_a_small_stage_sees_what_full_decoding_gives(shape: tuple[int, int], sid
     left, top = (
         (length - square) // 2 if crop is None else int(crop * (length - square + 1)) for length in (width, height)
     )
+    if square % side == 0:
+        # Decoded at a part of its size, what is averaged begins at a whole pixel of it.
+        times = square // side
+        part = max(part for part in (1, 2, 4, 8) if part == 1 or (times >= 2 * part and times % part == 0))
+        left, top = left // part * part, top // part * part
     assert psnr(decode_square(image, side, crop=crop), by_pillow(image, side, left, top)) > 35
 
 
@@ -68,6 +75,15 @@ def test_a_small_stage_sees_what_full_decoding_gives(shape: tuple[int, int], sid
 def test_decoding_at_full_size_equals_pillow(side: int) -> None:
     image = encode(data.astronaut()[:256, :300], "JPEG", quality=92)
     assert psnr(decode_square(image, side), by_pillow(image, side, 22, 0)) > 45
+
+
+def test_what_is_averaged_is_what_the_pyramid_of_a_later_stage_shows() -> None:
+    image = encode(data.astronaut()[:96, :120], "PNG")
+    fine = torch.from_numpy(decode_square(image, 96)).permute(2, 0, 1)[None].float()
+    levels = build_pyramid(fine, (96, 48, 16))
+    for side, level in zip((96, 48, 16), levels, strict=True):
+        found = torch.from_numpy(decode_square(image, side)).permute(2, 0, 1)[None].float()
+        assert (found - level).abs().max() <= 0.5
 
 
 def test_other_formats_and_colours_are_decoded() -> None:
