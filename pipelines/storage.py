@@ -130,8 +130,12 @@ def read_bytes(uri: str) -> bytes:
     return bytes(filesystem.cat_file(path))
 
 
-def open_input(uri: str) -> pa.NativeFile:
+def open_input(uri: str, *, read_ahead: bool = True) -> pa.NativeFile:
     """Returns the file at `uri`, opened to read any part of it.
+
+    Args:
+        uri: The file.
+        read_ahead: Whether more is fetched than is asked for, as it will be wanted next; else each read is one request.
 
     Raises:
         FileNotFoundError: There is none.
@@ -141,8 +145,9 @@ def open_input(uri: str) -> pa.NativeFile:
         with _local_path(uri).open("rb"):
             return pa.OSFile(str(_local_path(uri)), "rb")
     filesystem, path = open_uri(uri)
+    options = {} if read_ahead else {"cache_type": "none"}
     with as_os_error():
-        return pa.PythonFile(RemoteFile(filesystem.open(path, "rb")), mode="r")
+        return pa.PythonFile(RemoteFile(filesystem.open(path, "rb", **options)), mode="r")
 
 
 def open_stream(uri: str) -> pa.NativeFile:

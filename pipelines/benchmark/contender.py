@@ -18,7 +18,7 @@ from mdm_core.presets import PRESETS
 from mdm_core.samplers import Sampling, sample
 from pipelines.benchmark.config import NetworkBenchmarkConfig, SampleBenchmarkConfig, TrainBenchmarkConfig
 from pipelines.benchmark.plain import build_plain_network
-from pipelines.train.batches import Batch
+from pipelines.train.ingest.batch import Batch
 from pipelines.train.step import losses, new_state, optimizer_step
 
 Label = Literal["ours", "plain"]

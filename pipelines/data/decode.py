@@ -36,6 +36,7 @@ _TRANSPOSED = {
 }
 _SWAPS_SIDES = {5, 6, 7, 8}
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+_NUM_CHANNELS = {"RGB": 3, "GRAY": 1, "CMYK": 4}
 # What `format: source` stores as it came; anything else becomes PNG, which loses nothing.
 _KEPT_FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _PNG_DEPTH_AT = 24
@@ -173,28 +174,56 @@ def _is_plain(body: bytes, opened: ImageFile.ImageFile) -> bool:
 def _decode_jpeg(body: bytes, opened: ImageFile.ImageFile, size: tuple[int, int]) -> Image.Image:
     """Returns a JPEG in sRGB at `size`, decoded no larger than needed."""
     width, height = opened.size
-    factor = 1
-    while factor < 8 and width >= 2 * _SPARE * factor * size[0] and height >= 2 * _SPARE * factor * size[1]:
-        factor *= 2
+    factor = jpeg_factor(opened.size, size)
     is_resized = (width, height) != size
-    decoded_width, decoded_height = -(-width // factor), -(-height // factor)
-    options: dict[str, Any] = {"min_width": decoded_width, "min_height": decoded_height}
     colours = _JPEG_COLOURS[opened.mode]
+    array = jpeg_pixels(body, opened.size, factor, colours=colours, lasts=not is_resized)
     if is_resized:
-        options["buffer"] = _scratch.bytes("jpeg", decoded_width * decoded_height * len(opened.getbands()))
+        # The last pixels of a smaller decoding lie partly outside the picture.
+        array = resize(array, size, (0, 0, width / factor, height / factor))
+    # CMYK is stored inverted, as Adobe began it and browsers take it.
+    pixels = _as_image(255 - array if colours == "CMYK" else array)
+    return apply_profile(pixels, opened.info.get("icc_profile"))
+
+
+def jpeg_factor(size: tuple[int, int], wanted: tuple[int, int]) -> int:
+    """Returns by how much a JPEG of `size` may be made smaller in decoding, where it is then resized to `wanted`.
+
+    Returns:
+        1, 2, 4 or 8: the largest that leaves twice the width and height wanted.
+    """
+    factor = 1
+    while factor < 8 and all(side >= 2 * _SPARE * factor * target for side, target in zip(size, wanted, strict=True)):
+        factor *= 2
+    return factor
+
+
+def jpeg_pixels(
+    body: bytes, size: tuple[int, int], factor: int, *, colours: str = "RGB", lasts: bool = True
+) -> npt.NDArray[np.uint8]:
+    """Returns the pixels of a JPEG, decoded at its size divided by 1, 2, 4 or 8 and rounded up.
+
+    Args:
+        body: The file.
+        size: Its width and height.
+        factor: What they are divided by.
+        colours: RGB, GRAY or CMYK.
+        lasts: Whether the pixels are kept; else they last until this thread decodes the next one.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    width, height = -(-size[0] // factor), -(-size[1] // factor)
+    options: dict[str, Any] = {"min_width": width, "min_height": height}
+    if not lasts:
+        options["buffer"] = _scratch.bytes("jpeg", width * height * _NUM_CHANNELS[colours])
     try:
-        array = simplejpeg.decode_jpeg(body, colours, **options)
+        return simplejpeg.decode_jpeg(body, colours, **options)
     except ValueError as error:
         # Stray bytes between segments are common and harmless; any other complaint means damaged pixels.
         if "extraneous bytes" not in str(error):
             raise
-        array = simplejpeg.decode_jpeg(body, colours, strict=False, **options)
-    if is_resized:
-        # The last pixels of a smaller decoding lie partly outside the picture.
-        array = resize(array, size, (width / factor, height / factor))
-    # CMYK is stored inverted, as Adobe began it and browsers take it.
-    pixels = _as_image(255 - array if colours == "CMYK" else array)
-    return apply_profile(pixels, opened.info.get("icc_profile"))
+        return simplejpeg.decode_jpeg(body, colours, strict=False, **options)
 
 
 def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

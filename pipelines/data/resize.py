@@ -30,22 +30,22 @@ class _Bands:
 
 
 def resize(
-    pixels: npt.NDArray[np.uint8], size: tuple[int, int], extent: tuple[float, float] | None = None
+    pixels: npt.NDArray[np.uint8], size: tuple[int, int], box: tuple[float, float, float, float] | None = None
 ) -> npt.NDArray[np.uint8]:
     """Returns the picture at another size, antialiased with a Lanczos window of three lobes.
 
     Args:
         pixels: (height, width, channels).
         size: The width and height wanted.
-        extent: What part of the picture is taken, from its left top corner on, as a width and height that need not be
-            whole; all of it if it isn't given.
+        box: What part of the picture is taken: left, top, right and bottom, which need not be whole; all of it if it
+            isn't given. The window reaches beyond it, as far as there are pixels.
 
     Returns:
         (size[1], size[0], channels).
     """
     height, width, channels = pixels.shape
-    right, bottom = extent or (width, height)
-    down, across = _bands(bottom, height, size[1]), _bands(right, width, size[0])
+    left, top, right, bottom = box or (0, 0, width, height)
+    down, across = _bands(top, bottom, height, size[1]), _bands(left, right, width, size[0])
     rows = pixels.reshape(height, width * channels)
     resized = np.empty((size[1], size[0], channels), np.uint8)
     blocks_at_once = max(1, _PASS_FLOATS // (width * channels * _BLOCK))
@@ -62,7 +62,7 @@ def resize(
 def lanczos_matrix(length: int, size: int) -> npt.NDArray[np.float32]:
     """Returns the matrix (size, length) that resizes `length` values to `size`."""
     matrix = np.zeros((size, length), np.float32)
-    bands = _bands(length, length, size)
+    bands = _bands(0, length, length, size)
     for block, start in enumerate(bands.starts):
         rows = matrix[block * _BLOCK : (block + 1) * _BLOCK]
         rows[:, start : start + bands.span] = bands.weights[block, : len(rows)]
@@ -92,15 +92,15 @@ def _across(columns: npt.NDArray[np.float32], bands: _Bands, length: int) -> npt
 
 
 @functools.lru_cache(maxsize=32)
-def _bands(extent: float, length: int, size: int) -> _Bands:
-    """Returns what makes `size` outputs of the first `extent` of `length` inputs."""
-    step = extent / size
+def _bands(begin: float, end: float, length: int, size: int) -> _Bands:
+    """Returns what makes `size` outputs of `length` inputs from `begin` to `end`."""
+    step = (end - begin) / size
     scale = max(step, 1.0)
     reach = _LOBES * scale
     num_blocks = -(-size // _BLOCK)
     # The outputs that fill the last block are repeats of the last one, and not used.
     outputs = np.minimum(np.arange(num_blocks * _BLOCK), size - 1).reshape(num_blocks, _BLOCK)
-    centers = (outputs + 0.5) * step
+    centers = begin + (outputs + 0.5) * step
     span = min(length, int((_BLOCK - 1) * step + 2 * reach) + 3)
     starts = np.clip(np.floor(centers[:, 0] - reach).astype(np.int64), 0, length - span)
     offsets = (starts[:, None] + 0.5 - centers) * (np.pi / scale)

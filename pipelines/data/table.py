@@ -3,13 +3,13 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, Schema
+from deltalake import DeltaTable, QueryBuilder, Schema
 from deltalake.exceptions import DeltaError
 
 from mdm_core.errors import ConfigError, WorkError
@@ -140,6 +140,31 @@ class SampleTable:
             rows = rows.append_column(SCHEMA.field("outcome"), pa.repeat(pa.scalar(shard.outcome), shard.num_rows))
         return rows.select(names)
 
+    @contextlib.contextmanager
+    def open_shard(self, shard: Shard) -> Iterator[pq.ParquetFile]:
+        """Yields the file of a shard, to read some of its row groups and columns.
+
+        Raises:
+            WorkError: It is missing or damaged.
+        """
+        with open_parquet(
+            storage.join(self.uri, shard.path), "restore it, or use another version of the table"
+        ) as file:
+            yield file
+
+    def query(self, sql: str) -> pa.RecordBatchReader:
+        """Returns the rows that a query has for an answer, a batch at a time; the table's name in it is `samples`.
+
+        Raises:
+            DeltaError: The query can't be understood, or its columns can't be read.
+        """
+        return pa.RecordBatchReader.from_stream(QueryBuilder().register("samples", self._delta).execute(sql))
+
+    @property
+    def stored_columns(self) -> tuple[str, ...]:
+        """Names of the columns that a query knows: those of this version of the table."""
+        return tuple(pa.schema(self._delta.schema().to_arrow()).names)
+
     def notes(self, since: int = -1) -> list[dict[str, Any]]:
         """Returns what made each version after `since`, oldest first: `version`, `timestamp_s` and what was noted."""
         limit = None if since < 0 else max(1, self.version - since)
@@ -195,6 +220,29 @@ def _cannot_open(uri: str, version: int | None, options: dict[str, str], error: 
     return ConfigError(
         f"the log of the table {uri} can't be read: {reason}; restore its _delta_log, or use another URI"
     )
+
+
+def row_group_sizes(file: pq.ParquetFile) -> list[int]:
+    """Returns the rows of each row group of a Parquet file."""
+    return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+
+
+@contextlib.contextmanager
+def open_parquet(uri: str, fix: str) -> Iterator[pq.ParquetFile]:
+    """Yields a Parquet file, to read some of its row groups and columns.
+
+    Args:
+        uri: The file.
+        fix: What can be done if it can't be read.
+
+    Raises:
+        WorkError: It is missing or damaged, which may be found while it is read.
+    """
+    try:
+        with storage.open_input(uri, read_ahead=False) as file:
+            yield pq.ParquetFile(file, pre_buffer=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise WorkError(f"{uri} can't be read: {storage.one_line(error)}; {fix}") from error
 
 
 def read_rows(table_uri: str, path: str, columns: Sequence[str], schema: pa.Schema = SCHEMA) -> pa.Table:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, MdmError, WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable, Shard
+from pipelines.data.table import SampleTable, Shard, row_group_sizes
 from pipelines.embed import store
 from pipelines.embed.config import EmbedConfig
 from pipelines.embed.store import EncoderInfo
@@ -105,10 +105,11 @@ class EmbedShards:
 
     def _embed(self, shard: Shard) -> None:
         encoder = self._load()
-        rows = self._table.read(shard, ["id", "caption"])
+        with self._table.open_shard(shard) as file:
+            rows, row_groups = file.read(columns=["id", "caption"]), row_group_sizes(file)
         embeddings = encoder.encode(rows["caption"].to_pylist())
         info = EncoderInfo(encoder.name, encoder.width, encoder.max_tokens)
-        data = store.encode_embeddings(rows["id"], embeddings, info)
+        data = store.encode_embeddings(rows["id"], embeddings, info, row_groups)
         storage.write_bytes_atomic(
             storage.join(store.embedding_folder(self._table.uri, encoder.name), shard.path), data
         )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable, Shard
+from pipelines.data.table import SampleTable, Shard, open_parquet, row_group_sizes
 
 Embedding: TypeAlias = NDArray[np.float16]
 
@@ -91,16 +91,37 @@ class EmbeddingStore:
         Raises:
             WorkError: The file does not fit the shard.
         """
-        rows = read_embeddings(self._folder, shard)
+        return self.read_rows(shard, 0, shard.num_rows)[1]
+
+    def uri_of(self, shard: Shard) -> str:
+        """URI of the file that mirrors a shard."""
+        return storage.join(self._folder, shard.path)
+
+    def read_rows(self, shard: Shard, first: int, count: int) -> tuple[list[bytes], list[Embedding]]:
+        """Returns the ids and the (L, width) arrays of some rows of `shard`; no more is read than their row groups.
+
+        Args:
+            shard: The shard.
+            first: The first of the rows, from 0.
+            count: How many rows.
+
+        Raises:
+            WorkError: The file is missing or damaged, or does not fit the shard.
+        """
+        uri = self.uri_of(shard)
+        fix = "delete it and run `mdm embed` again"
+        with open_parquet(uri, fix) as file:
+            if file.metadata.num_rows != shard.num_rows:
+                raise WorkError(f"{uri} holds {file.metadata.num_rows} rows, wanted {shard.num_rows} rows; {fix}")
+            starts = np.cumsum([0, *row_group_sizes(file)])
+            begin, end = np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, first + count, "left")
+            rows = file.read_row_groups(range(begin, end), use_threads=False).slice(first - starts[begin], count)
         lengths = rows["num_tokens"].to_numpy()
-        column = rows["embedding"].combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False)
-        if len(rows) != shard.num_rows or len(values) != int(lengths.sum()) * self.width:
-            raise WorkError(
-                f"{storage.join(self._folder, shard.path)} holds {len(rows)} rows and {len(values)} numbers, wanted "
-                f"{shard.num_rows} rows and {int(lengths.sum()) * self.width}; delete it and run `mdm embed` again"
-            )
-        return np.split(values.reshape(-1, self.width), np.cumsum(lengths)[:-1]) if len(rows) else []
+        values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        if len(values) != int(lengths.sum()) * self.width:
+            raise WorkError(f"{uri} holds {len(values)} numbers, wanted {int(lengths.sum()) * self.width}; {fix}")
+        captions = np.split(values.reshape(-1, self.width), np.cumsum(lengths)[:-1]) if len(rows) else []
+        return rows["id"].to_pylist(), captions
 
 
 def encoder_slug(name: str) -> str:
@@ -146,14 +167,10 @@ def missing_shards(table: SampleTable, encoder_name: str) -> tuple[Shard, ...]:
     return tuple(shard for shard in table.shards("ok") if shard.path not in done)
 
 
-def read_embeddings(folder: str, shard: Shard) -> pa.Table:
-    """Returns the rows of one file of embeddings: id, num_tokens, embedding."""
-    filesystem, root = storage.open_uri(folder)
-    return pq.read_table(f"{root}/{shard.path}", filesystem=filesystem, partitioning=None)
-
-
-def encode_embeddings(ids: pa.ChunkedArray, embeddings: Sequence[Embedding], info: EncoderInfo) -> bytes:
-    """Returns a Parquet file of embeddings, a row a caption."""
+def encode_embeddings(
+    ids: pa.ChunkedArray, embeddings: Sequence[Embedding], info: EncoderInfo, row_groups: Sequence[int]
+) -> bytes:
+    """Returns a Parquet file of embeddings, a row a caption, in row groups of so many rows: those of the shard."""
     lengths = np.array([len(one) for one in embeddings], np.int32)
     if int(lengths.sum()) * info.width >= 2**31:
         raise WorkError(
@@ -164,14 +181,13 @@ def encode_embeddings(ids: pa.ChunkedArray, embeddings: Sequence[Embedding], inf
     values = pa.array(np.concatenate([one.reshape(-1) for one in embeddings] or [np.empty(0, np.float16)]))
     column = pa.ListArray.from_arrays(offsets, values).cast(_SCHEMA.field("embedding").type)
     rows = pa.Table.from_arrays([ids.combine_chunks(), pa.array(lengths), column], schema=_SCHEMA)
+    rows = rows.replace_schema_metadata({key: str(value) for key, value in asdict(info).items()})
     buffer = io.BytesIO()
     # The numbers are as good as random: compression would cost more than it saves.
-    pq.write_table(
-        rows.replace_schema_metadata({key: str(value) for key, value in asdict(info).items()}),
-        buffer,
-        row_group_size=100,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-    )
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(buffer, rows.schema, **options) as writer:
+        first = 0
+        for count in row_groups:
+            writer.write_table(rows.slice(first, count), row_group_size=max(count, 1))
+            first += count
     return buffer.getvalue()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mdm_core.errors import ConfigError, MdmError
 from pipelines.data.table import SampleTable
 from pipelines.evaluate.features import FeatureNetwork, load_feature_network
-from pipelines.train.batches import decode_square
+from pipelines.train.ingest.decode import decode_square
 
 Arrays = dict[str, NDArray[Any]]
 

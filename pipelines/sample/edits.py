@@ -20,7 +20,7 @@ from pipelines.data.config import FiltersConfig, ImageConfig
 from pipelines.data.decode import decode
 from pipelines.data.failure import Failure
 from pipelines.sample.config import SampleConfig
-from pipelines.train.batches import decode_square
+from pipelines.train.ingest.decode import decode_square
 
 _AS_IT_IS = ImageConfig(resize="none", format="png")
 _ANY = FiltersConfig(min_side_px=0, max_aspect=1e9)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mdm_core.errors import ConfigError
 from pipelines.text_encoder import TextEncoder, load_text_encoder
-from pipelines.train.batches import pad_text
+from pipelines.train.ingest.batch import pad_text
 
 Text = tuple[Tensor, Tensor]
 """(B, L, D) float32 with zeros for padding, and (B, L) bool, True = real token."""

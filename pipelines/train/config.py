@@ -19,10 +19,17 @@ class DataConfig(Config):
     """The sample table: a local folder or s3://…."""
     version: int | Literal["latest"] = "latest"
     """Version of the table; the number that `latest` stood for is kept in each checkpoint."""
+    where: str | None = Field(default=None, min_length=1)
+    """Which rows are trained on: an SQL condition over the table's columns, as in clip_similarity >= 0.28 and
+    width >= 256; all of them if empty."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of a picture is shown: the middle one, or any along its longer side, drawn anew each time."""
     flip: bool = False
     """Whether half of the pictures are mirrored; wrong where captions name sides or letters are shown."""
-    shuffle_shards: int = Field(default=16, ge=1)
-    """Shards whose rows are mixed with each other; their decoded pictures are held in memory."""
+    shuffle_row_groups: int = Field(default=64, ge=1)
+    """Row groups, of 100 rows or so, whose rows are mixed with each other; their files' bytes are held in memory."""
+    prefetch_steps: int = Field(default=2, ge=0)
+    """Steps that are read and decoded ahead of the one that is trained on; they are held in memory."""
 
 
 class TextConfig(Config):
@@ -247,5 +254,5 @@ class TrainConfig(Config):
         for name in changeable:
             values.pop(name)
         # A preset and the same networks written out are one model; the width is that of the table's embeddings anyway.
-        del values["model"]["preset"], values["model"]["text_dim"]
+        del values["model"]["preset"], values["model"]["text_dim"], values["data"]["prefetch_steps"]
         return values

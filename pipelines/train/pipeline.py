@@ -17,9 +17,9 @@ from pipelines import cluster, storage
 from pipelines.data.table import SampleTable
 from pipelines.text_encoder import load_text_encoder
 from pipelines.tracking import Run, open_run
-from pipelines.train.batches import pad_text
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
+from pipelines.train.ingest.batch import pad_text
 from pipelines.train.preflight import check_same_run, open_table, with_absolute_places
 from pipelines.train.preview import Preview
 from pipelines.train.run_lock import RunLock
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> TrainReport:
         check_same_run(config, start)
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
-    table, _ = open_table(config, start)
+    table, _, selection = open_table(config, start)
     scaling = config.scaling
     cluster.connect(
         min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, lock.owner), run, key, start)
+        _fit(RunContext(config, table.version, run.id, lock.owner, selection), run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 

@@ -192,8 +192,8 @@ def _table(
             ) from error
         config.model.matryoshka(text_width(config.text.encoder) or width)
         return None, None, width
-    table, store = open_table(config, start)
-    return table, sum(shard.num_rows for shard in table.shards("ok")), store.width
+    table, store, selection = open_table(config, start)
+    return table, selection.num_rows, store.width
 
 
 def _stage_plan(

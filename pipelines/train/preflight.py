@@ -11,6 +11,7 @@ from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.config import TrainConfig
+from pipelines.train.ingest.selection import Selection, select_rows
 
 
 def with_absolute_places(config: TrainConfig) -> TrainConfig:
@@ -41,19 +42,19 @@ def check_same_run(config: TrainConfig, start: Checkpoint) -> None:
     _check_snapshots(config, start)
 
 
-def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, EmbeddingStore]:
-    """The table of a run, at the version of its checkpoint if it has one, and the embeddings beside it.
+def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, EmbeddingStore, Selection]:
+    """The table of a run, at the version of its checkpoint if it has one, its embeddings, and the rows to train on.
 
     Raises:
-        ConfigError: There is no such table or version, it has no ok row, or its embeddings don't suit the run.
+        ConfigError: There is no such table or version, no row of it is chosen, or its embeddings don't suit the run.
+        WorkError: The table can't be read.
     """
     version = None if config.data.version == "latest" else config.data.version
     table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
-    if not table.shards("ok"):
-        raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
+    selection = select_rows(table, config.data.where)
     store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
     config.model.matryoshka(store.width)
-    return table, store
+    return table, store, selection
 
 
 def _check_snapshots(config: TrainConfig, start: Checkpoint) -> None:

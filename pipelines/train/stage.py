@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,13 +17,15 @@ from mdm_core.progressive import grow
 from mdm_core.unet import UNet
 from pipelines.data.table import SampleTable
 from pipelines.embed.store import EmbeddingStore
-from pipelines.train.batches import Batch, BatchReader
 from pipelines.train.checkpoint import Checkpoint, Manifest, State, checkpoint_uri
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema_snapshots import EMA_LENGTHS
 from pipelines.train.finite import FiniteCheck
-from pipelines.train.loss_window import LossWindow
+from pipelines.train.ingest.batch import Batch
+from pipelines.train.ingest.reader import BatchReader
+from pipelines.train.ingest.selection import Selection, select_rows
+from pipelines.train.loss_window import LossWindow, WindowMeans
 from pipelines.train.place import Place
 from pipelines.train.run_lock import Owner
 from pipelines.train.speed import Speed
@@ -41,6 +43,8 @@ class RunContext:
     """MLflow run of the training."""
     owner: Owner | None = None
     """Who holds the folder of the run; None where nobody else can write there."""
+    selection: Selection | None = None
+    """The rows that are trained on; found by each worker if empty."""
 
 
 class Hooks:
@@ -111,21 +115,30 @@ class StageRun:
         network = self._distributed(state.network)
         window = LossWindow(self.place, num_timesteps=self.config.model.num_timesteps)
         finite = FiniteCheck(self.place, self.config.on_nan)
-        steps = self._batches()
-        for batches in steps:
-            lr = self._learning_rate()
-            rows = self._accumulate(network, batches)
-            timestep = torch.cat([batch.timestep for batch in batches]).to(self.place.device)
-            norm = optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm)
-            window.add(rows, timestep, norm)
-            finite.add(state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
-            done = state.step == stage.num_steps
-            is_reported = done or state.step % self.config.log_every_steps == 0
-            if is_reported:
-                self._report(window, lr, finite.num_skipped)
-            self._save(finite, done, is_preempted=is_reported and self._is_preempted())
-            if done:
-                break
+        waited_s = 0.0
+        with self._reader() as reader:
+            steps = reader.steps(
+                state.step,
+                global_batch_size=stage.global_batch_size,
+                rank=self.place.rank,
+                workers=self.place.workers,
+                micro_batch_size=self.config.scaling.micro_batch_size,
+            )
+            for batches in steps:
+                lr = self._learning_rate()
+                rows = self._accumulate(network, batches)
+                timestep = torch.cat([batch.timestep for batch in batches]).to(self.place.device)
+                norm = optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm)
+                window.add(rows, timestep, norm)
+                finite.add(state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
+                done = state.step == stage.num_steps
+                is_reported = done or state.step % self.config.log_every_steps == 0
+                if is_reported:
+                    self._report(window.take(waited_s=reader.wait_s - waited_s), lr, finite.num_skipped)
+                    waited_s = reader.wait_s
+                self._save(finite, done, is_preempted=is_reported and self._is_preempted())
+                if done:
+                    break
         return state.ema.state_dict()
 
     def _accumulate(self, network: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -200,26 +213,25 @@ class StageRun:
     def _speed(self) -> Speed:
         return Speed(self.networks, self.place, bfloat16=self._uses_bfloat16, text_tokens=self.config.text.max_tokens)
 
-    def _batches(self) -> Iterator[tuple[Batch, ...]]:
-        reader = BatchReader(
+    def _reader(self) -> BatchReader:
+        data = self.config.data
+        return BatchReader(
             self.table,
             self.store,
+            self.context.selection or select_rows(self.table, data.where),
             resolutions=self.networks.resolutions,
             seed=self.config.seed,
             stage=self.index,
             num_timesteps=self.config.model.num_timesteps,
             max_tokens=self.config.text.max_tokens,
             drop_prob=self.config.text.drop_prob,
-            flip=self.config.data.flip,
-            shuffle_shards=self.config.data.shuffle_shards,
+            flip=data.flip,
+            crop=data.crop,
+            shuffle_row_groups=data.shuffle_row_groups,
+            prefetch_steps=data.prefetch_steps,
+            num_threads=self.config.scaling.cpus_per_worker,
+            pin_memory=self.place.device.type == "cuda",
         )
-        for batch in reader.steps(
-            self.state.step,
-            global_batch_size=self.stage.global_batch_size,
-            rank=self.place.rank,
-            workers=self.place.workers,
-        ):
-            yield (batch,)
 
     def _learning_rate(self) -> float:
         stage = self.stage
@@ -241,8 +253,7 @@ class StageRun:
         self._preemption = notice or self._preemption
         return is_new
 
-    def _report(self, window: LossWindow, lr: float, num_skipped: int) -> None:
-        means = window.take(waited_s=0.0)
+    def _report(self, means: WindowMeans, lr: float, num_skipped: int) -> None:
         loss = sum(means.by_resolution)
         self.metrics.setdefault("loss_first", loss)
         self.metrics["loss_last"] = loss

@@ -11,7 +11,7 @@ from mdm_core.loss import LossWeighting, matryoshka_loss, training_pairs
 from mdm_core.parameterization import PredictionType
 from mdm_core.pyramid import build_pyramid
 from mdm_core.unet import UNet
-from pipelines.train.batches import Batch
+from pipelines.train.ingest.batch import Batch
 
 
 def learning_rate(images_seen: int, *, peak: float, warmup_images: int, total_images: int, decay: str) -> float:

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import write_deltalake
+from deltalake import WriterProperties, write_deltalake
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.data.table import SampleTable
+from pipelines.data.table import SampleTable, row_group_sizes
 from pipelines.embed.config import EmbedConfig
 from pipelines.embed.pipeline import EmbedReport, embed
 from pipelines.embed.store import EmbeddingStore, encoder_slug
@@ -19,7 +19,7 @@ from pipelines.text_encoder import load_text_encoder
 CAPTIONS = [f"picture number {index} of {'a fox' if index % 3 else 'a lighthouse by the sea'}" for index in range(12)]
 
 
-def add_rows(uri: Path, captions: list[str], outcome: str = "ok") -> None:
+def add_rows(uri: Path, captions: list[str], outcome: str = "ok", row_group_rows: int = 100) -> None:
     """Appends one shard through Delta's own writer."""
     count = len(captions)
     values = {
@@ -34,7 +34,8 @@ def add_rows(uri: Path, captions: list[str], outcome: str = "ok") -> None:
     }
     columns = {field.name: pa.array(values.get(field.name, [None] * count), field.type) for field in SampleTable.SCHEMA}
     rows = pa.table(columns, schema=SampleTable.SCHEMA)
-    write_deltalake(str(uri), rows, partition_by=["outcome"], mode="append")
+    properties = WriterProperties(max_row_group_size=row_group_rows)
+    write_deltalake(str(uri), rows, partition_by=["outcome"], mode="append", writer_properties=properties)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tup
     """A table of three shards with embeddings, and the report of the run that made them."""
     uri = tmp_path_factory.mktemp("embedded") / "table"
     for first in range(0, 12, 4):
-        add_rows(uri, CAPTIONS[first : first + 4])
+        add_rows(uri, CAPTIONS[first : first + 4], row_group_rows=3 if first == 4 else 100)
     add_rows(uri, ["not", "kept"], outcome="failed")
     # Left by nobody knows what: there is no encoder.json beside it, so it must be made again.
     stale = uri / "_embeddings/minilm" / SampleTable.open(str(uri)).shards("ok")[0].path
@@ -74,7 +75,14 @@ def test_each_shard_is_mirrored_row_by_row(embedded: tuple[Path, EmbedReport]) -
             wanted = encoder.encode([caption])[0].astype(np.float32)
             assert got.dtype == np.float16
             np.testing.assert_allclose(got.astype(np.float32), wanted, atol=4e-3, err_msg=caption)
-        file = pq.read_table(uri / "_embeddings/minilm" / shard.path, partitioning=None)
+        path = uri / "_embeddings/minilm" / shard.path
+        row_groups = [row_group_sizes(pq.ParquetFile(name)) for name in (uri / shard.path, path)]
+        assert row_groups[0] == row_groups[1] == ([3, 1] if "number 4 " in rows["caption"][0].as_py() else [4])
+        for first, count in ((0, 4), (1, 2), (3, 1), (2, 0)):
+            ids, some = store.read_rows(shard, first, count)
+            assert ids == rows["id"].to_pylist()[first : first + count]
+            assert [one.tobytes() for one in some] == [one.tobytes() for one in embeddings[first : first + count]]
+        file = pq.read_table(path, partitioning=None)
         assert file["id"].to_pylist() == rows["id"].to_pylist()
         assert file["num_tokens"].to_pylist() == [len(one) for one in embeddings]
         assert file.schema.field("embedding").type.value_type == pa.float16()
@@ -121,7 +129,7 @@ def test_a_file_that_does_not_fit_its_shard_is_named(table_uri: Path) -> None:
     shard = table.shards("ok")[0]
     path = table_uri / "_embeddings/minilm" / shard.path
     pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
-    with pytest.raises(WorkError, match=r"holds 3 rows .* wanted 4 rows .* delete it and run `mdm embed` again"):
+    with pytest.raises(WorkError, match=r"holds 3 rows, wanted 4 rows; delete it and run `mdm embed` again"):
         EmbeddingStore.open(table, "minilm").read(shard)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
+from deltalake import WriterProperties, write_deltalake
 from PIL import Image
 
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table import SampleTable, row_group_sizes
 from pipelines.embed.store import EncoderInfo, embedding_folder, encode_embeddings, write_info
 from pipelines.train.config import TrainConfig
 
@@ -25,14 +26,20 @@ def picture(index: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng([1, index]).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def make_table(folder: Path, rows_per_shard: tuple[int, ...]) -> SampleTable:
+def make_table(
+    folder: Path,
+    rows_per_shard: tuple[int, ...],
+    *,
+    row_group_rows: int = 100,
+    draw: Callable[[int], np.ndarray[Any, Any]] = picture,
+) -> SampleTable:
     """A table of `ok` rows, and embeddings of 2 to 5 tokens whose first number is the row's index."""
     uri, index = str(folder / "table"), 0
     for count in rows_per_shard:
         rows: list[dict[str, Any]] = []
         for number in range(index, index + count):
             buffer = io.BytesIO()
-            Image.fromarray(picture(number)).save(buffer, "PNG")
+            Image.fromarray(draw(number)).save(buffer, "PNG")
             values: dict[str, Any] = dict.fromkeys(SampleTable.SCHEMA.names)
             values |= {
                 "id": hashlib.blake2b(str(number).encode(), digest_size=16).digest(),
@@ -51,20 +58,25 @@ def make_table(folder: Path, rows_per_shard: tuple[int, ...]) -> SampleTable:
             rows.append(values)
         index += count
         write_deltalake(
-            uri, pa.Table.from_pylist(rows, schema=SampleTable.SCHEMA), mode="append", partition_by=["outcome"]
+            uri,
+            pa.Table.from_pylist(rows, schema=SampleTable.SCHEMA),
+            mode="append",
+            partition_by=["outcome"],
+            writer_properties=WriterProperties(max_row_group_size=row_group_rows),
         )
     table = SampleTable.open(uri)
     info = EncoderInfo("minilm", WIDTH, 8)
     write_info(table.uri, info)
     for shard in table.shards("ok"):
-        rows_of = table.read(shard, ["id", "caption"])
+        with table.open_shard(shard) as file:
+            rows_of, row_groups = file.read(columns=["id", "caption"]), row_group_sizes(file)
         numbers = [int(caption.split()[1]) for caption in rows_of["caption"].to_pylist()]
         embeddings = []
         for number in numbers:
             one = np.random.default_rng([2, number]).standard_normal((2 + number % 4, WIDTH)).astype(np.float16)
             one[0, 0] = number
             embeddings.append(one)
-        data = encode_embeddings(rows_of["id"], embeddings, info)
+        data = encode_embeddings(rows_of["id"], embeddings, info, row_groups)
         storage.write_bytes_atomic(storage.join(embedding_folder(table.uri, "minilm"), shard.path), data)
     return table
 
@@ -80,7 +92,7 @@ def run_config(table: SampleTable, folder: Path, **changes: Any) -> TrainConfig:
     network = {"num_resnets": [1, 1], "num_groups": 4, "num_heads": 2, "time_dim": 16}
     values: dict[str, Any] = {
         "name": "test",
-        "data": {"table": table.uri, "shuffle_shards": 2},
+        "data": {"table": table.uri, "shuffle_row_groups": 2},
         "text": {"max_tokens": 8},
         "model": {
             "networks": [

@@ -16,9 +16,9 @@ from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
 from pipelines.data.table import SampleTable
 from pipelines.run_config import dump_config
-from pipelines.train.batches import Batch
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig
+from pipelines.train.ingest.batch import Batch
 from pipelines.train.place import Place
 from pipelines.train.plan import plan_training
 from pipelines.train.stage import Hooks, RunContext

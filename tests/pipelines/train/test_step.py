@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdm_core.nested_unet import build_network
-from pipelines.train.batches import Batch
+from pipelines.train.ingest.batch import Batch
 from pipelines.train.model_config import ModelConfig
 from pipelines.train.step import TrainState, losses, new_state, optimizer_step
 

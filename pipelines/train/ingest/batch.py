@@ -1,0 +1,64 @@
+"""What a network is trained on in one go.
+
+Legend: B rows, r side of the stage's resolution, L tokens, D width of the text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one worker's share of a step: all of it, or as many as fit into memory at once."""
+
+    x0: Tensor
+    """(B, 3, r, r) uint8, channels last in memory."""
+    text_emb: Tensor
+    """(B, L, D) float32, zeros beyond a caption's tokens."""
+    text_mask: Tensor
+    """(B, L) bool; a dropped caption has no real token."""
+    timestep: Tensor
+    """(B,) int64 in [0, N)."""
+    noise: list[Tensor]
+    """One (B, 3, r, r) a resolution, finest first, standard normal, channels last in memory."""
+    ids: list[bytes]
+    """Ids of the rows."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; from pinned memory it is copied while the caller goes on."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=tensor.is_pinned())
+
+        return Batch(
+            x0=moved(self.x0),
+            text_emb=moved(self.text_emb),
+            text_mask=moved(self.text_mask),
+            timestep=moved(self.timestep),
+            noise=[moved(level) for level in self.noise],
+            ids=self.ids,
+        )
+
+
+def pad_text(
+    captions: Sequence[NDArray[np.float16]], *, width: int, length: int, pin_memory: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token embeddings (L_i, D) of each caption, cut to `length` and padded to the longest of them.
+
+    Returns:
+        (B, L, D) float32 with zeros for padding, and (B, L) bool, True = real token; at least one token long.
+    """
+    longest = max([1, *(min(len(caption), length) for caption in captions)])
+    text_emb = torch.zeros(len(captions), longest, width, pin_memory=pin_memory)
+    text_mask = torch.zeros(len(captions), longest, dtype=torch.bool, pin_memory=pin_memory)
+    rows, mask = text_emb.numpy(), text_mask.numpy()
+    for row, caption in enumerate(captions):
+        tokens = caption[:length]
+        rows[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    return text_emb, text_mask
