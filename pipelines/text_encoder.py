@@ -97,12 +97,16 @@ def load_text_encoder(name: str, *, max_tokens: int, device: str = "auto") -> Te
 def text_width(name: str) -> int | None:
     """The width of an encoder's embeddings as far as its name tells; None if the weights have to be asked."""
     kind, _, source = name.partition(":")
-    if kind == "open_clip":
-        import open_clip
+    if kind != "open_clip":
+        return _WIDTHS.get(name)
+    import open_clip
 
-        config = open_clip.get_model_config(source.partition("/")[0])
-        return None if config is None else int(config["text_cfg"]["width"])
-    return _WIDTHS.get(name)
+    model = source.partition("/")[0]
+    if model not in open_clip.list_models():
+        return None
+    # A model with a text tower from Hugging Face names that instead.
+    width: int | None = open_clip.get_model_config(model)["text_cfg"].get("width")
+    return width
 
 
 def _minilm_folder() -> str:

@@ -5,11 +5,7 @@ from collections.abc import Callable
 from pipelines.benchmark.report import aligned, format_bytes
 from pipelines.train.plan import MemoryPlan, StagePlan, TrainPlan
 
-_MEMORY = {
-    "as_configured": "as configured",
-    "nothing_recomputed": "with scaling.checkpoint_levels []",
-    "all_recomputed": "with scaling.checkpoint_levels [all]",
-}
+_OTHERWISE = {"nothing_recomputed": "[]", "all_recomputed": "[all]"}
 
 
 def plan_text(plan: TrainPlan) -> str:
@@ -23,7 +19,7 @@ def plan_text(plan: TrainPlan) -> str:
 
 
 def _headline(plan: TrainPlan) -> str:
-    device = f"a {plan.card} each" if plan.card is not None else "on the CPU"
+    device = f"one {plan.card} each" if plan.card is not None else "on the CPU"
     table = f"{plan.table} version {plan.table_version}: {plan.rows:,} rows" if plan.rows is not None else plan.table
     goes_on = f"; goes on from {plan.continues_from}" if plan.continues_from is not None else ""
     return f"{plan.workers} workers, {device}, {plan.dtype}; {table}; text {plan.text_dim} wide{goes_on}"
@@ -70,7 +66,10 @@ def _memory(plan: TrainPlan) -> list[list[str]]:
         return _row(plan, title, lambda stage: format_bytes(part(stage.memory[key])))
 
     rows = [row(title, "as_configured", part) for title, part in parts.items()]
-    return rows + [row(f"… {_MEMORY[key]}", key, parts["peak of all"]) for key in list(_MEMORY)[1:]]
+    for key, levels in _OTHERWISE.items():
+        if any(stage.memory[key] != stage.memory["as_configured"] for stage in plan.stages):
+            rows.append(row(f"… with scaling.checkpoint_levels {levels}", key, parts["peak of all"]))
+    return rows
 
 
 def _totals(plan: TrainPlan) -> list[str]:

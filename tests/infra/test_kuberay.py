@@ -24,8 +24,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"
 SCHEMAS = ROOT.parent / "shared" / "schemas"
 KUSTOMIZATION = yaml.safe_load((KUBERAY / "kustomization.yaml").read_text(encoding="utf-8"))
-CONFIGS = yaml.safe_load((ROOT / "jobs" / "kustomization.yaml").read_text(encoding="utf-8"))["configMapGenerator"][0]
 MANIFESTS = [name for name in KUSTOMIZATION["resources"] if name.endswith(".yaml")]
+(JOBS,) = (KUBERAY / name for name in KUSTOMIZATION["resources"] if name not in MANIFESTS)
+(CONFIGS,) = yaml.safe_load((JOBS / "kustomization.yaml").read_text(encoding="utf-8"))["configMapGenerator"]
 # What a pod may take from the environment that is no place: it has to come from a secret.
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 

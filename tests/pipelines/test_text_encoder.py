@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.text_encoder import TextEncoder, load_text_encoder
+from pipelines.text_encoder import TextEncoder, load_text_encoder, text_width
 
 CAPTIONS = ["a red fox asleep on a wooden bench by the river", "fox", "", "keycap 1", "São Tomé & Príncipe"]
 
@@ -198,3 +198,14 @@ def test_numbers_that_float16_does_not_hold_stop_the_work() -> None:
     )
     with pytest.raises(WorkError, match=r"loud gave an embedding that is not finite in float16 for 'fox'"):
         encoder.encode(["fox"])
+
+
+def test_the_width_that_a_name_tells_is_that_of_the_encoder(minilm: TextEncoder, clip_folder: Path) -> None:
+    assert text_width("minilm") == minilm.width
+    by_file = load_text_encoder(f"open_clip:tiny-clip/{clip_folder}/model.safetensors", max_tokens=8)
+    assert text_width("open_clip:tiny-clip/anything") == by_file.width
+    # As their papers and model cards say.
+    assert text_width("open_clip:ViT-L-14/openai") == 768
+    assert text_width("t5:google/flan-t5-xl") == 2048
+    for unknown in ("t5:/some/folder", f"open_clip:local-dir:{clip_folder}", "open_clip:nllb-clip-base/v1", "word2vec"):
+        assert text_width(unknown) is None

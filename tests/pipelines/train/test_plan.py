@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from jobs import train as job
 from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
+from pipelines.benchmark.report import format_bytes
 from pipelines.data.table import SampleTable
 from pipelines.run_config import dump_config
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
@@ -21,6 +22,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.place import Place
 from pipelines.train.plan import plan_training
+from pipelines.train.plan_text import plan_text
 from pipelines.train.stage import Hooks, RunContext
 from pipelines.train.step import losses, new_state, optimizer_step
 from pipelines.train.worker import train_stages
@@ -86,7 +88,8 @@ def test_the_memory_is_that_of_a_real_step(table: SampleTable, tmp_path: Path) -
     # 64 images on two workers, 20 at a time: passes of 20 and 12.
     scaling = {"workers": 2, "micro_batch_size": 20, "checkpoint_levels": ["all"]}
     config = run_config(table, tmp_path, stages=[stage], scaling=scaling)
-    (planned,) = plan_training(config).stages
+    plan = plan_training(config)
+    (planned,) = plan.stages
     assert (planned.images_per_pass, planned.passes_per_step) == (20, 2)
     assert planned.memory["as_configured"] == planned.memory["all_recomputed"]
     for name in ("nothing_recomputed", "all_recomputed"):
@@ -106,6 +109,8 @@ def test_the_memory_is_that_of_a_real_step(table: SampleTable, tmp_path: Path) -
         # The loss's pictures are not planned; they are much beside so small a network.
         measured = weights + moments + average + max(itertools.accumulate(changes))
         assert memory.peak - weights == pytest.approx(measured, rel=0.1)
+    shown = [line.split() for line in plan_text(plan).splitlines()]
+    assert [*["peak", "of", "all"], *format_bytes(planned.memory["all_recomputed"].peak).split()] in shown
     bare, less = planned.memory["nothing_recomputed"], planned.memory["all_recomputed"]
     assert less.activations < bare.activations
     assert less.peak < bare.peak
