@@ -24,6 +24,7 @@ from pipelines.tracking import Run, open_run
 from pipelines.train.batches import pad_text
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
+from pipelines.train.initial import find_initial_weights
 from pipelines.train.run_lock import RunLock
 from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_worker
@@ -68,7 +69,9 @@ def train(config: TrainConfig) -> TrainReport:
         _check_snapshots(config, start)
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
-    table = _open_table(config, start)
+    table, store = _open_table(config, start)
+    first_stage = 0 if start is None else start.manifest.stage + 1
+    initial = find_initial_weights(config, store.width, first_stage=first_stage)
     cluster.connect(min_cpus=config.scaling.workers * config.scaling.cpus_per_worker)
     tags = {"table": table.uri, "table_version": table.version}
     key = _key(config, table)
@@ -84,7 +87,8 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, _encode_preview(config), lock.owner), run, key, start)
+        context = RunContext(config, table.version, run.id, _encode_preview(config), initial, lock.owner)
+        _fit(context, run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 
@@ -94,6 +98,10 @@ def _with_absolute_places(config: TrainConfig) -> TrainConfig:
         update={
             "data": config.data.model_copy(update={"table": storage.absolute(config.data.table)}),
             "checkpoint": config.checkpoint.model_copy(update={"uri": storage.absolute(config.checkpoint.uri)}),
+            "stages": tuple(
+                stage.model_copy(update={"init_from": stage.init_from and storage.absolute(stage.init_from)})
+                for stage in config.stages
+            ),
         }
     )
 
@@ -125,14 +133,14 @@ def _check_snapshots(config: TrainConfig, start: Checkpoint) -> None:
         )
 
 
-def _open_table(config: TrainConfig, start: Checkpoint | None) -> SampleTable:
+def _open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, EmbeddingStore]:
     version = None if config.data.version == "latest" else config.data.version
     table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
     if not table.shards("ok"):
         raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
     store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
     config.model.matryoshka(store.width)
-    return table
+    return table, store
 
 
 def _encode_preview(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor] | None:

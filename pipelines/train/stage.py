@@ -1,7 +1,8 @@
 """One stage of training on one worker, step by step. It knows nothing of Ray: rank and workers are numbers."""
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -22,8 +23,9 @@ from pipelines.train.checkpoint import Checkpoint, Manifest, State
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema_snapshots import EMA_LENGTHS
+from pipelines.train.initial import InitialFile, begin_from, read_initial_weights
 from pipelines.train.run_lock import Owner
-from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
+from pipelines.train.step import TrainState, freeze_inner, learning_rate, losses, new_state, optimizer_step
 
 Post = Callable[[dict[str, Any]], None]
 
@@ -39,6 +41,8 @@ class RunContext:
     """MLflow run of the training."""
     preview_text: tuple[Tensor, Tensor] | None = None
     """Encoded captions, (B, L, D) and (B, L), of the pictures made at each checkpoint."""
+    initial: Mapping[int, InitialFile] = field(default_factory=dict)
+    """What stages begin from whose configuration says so, as `find_initial_weights` gives it."""
     owner: Owner | None = None
     """Who holds the folder of the run; None where nobody else can write there."""
 
@@ -74,14 +78,29 @@ class StageRun:
         self.networks = self.config.model.matryoshka(self.store.width).up_to(self.stage.resolution)
         self.schedule = self.config.model.noise_schedule()
         self.metrics: dict[str, float] = {}
-        self.state = self._new_state(None)
+        self.initial_weights: dict[str, str] | None = None
+        self.state = self._new_state(lambda network: None)
 
     def grow_from(self, inner: State) -> None:
         """Starts the stage from the averaged weights of the one before."""
-        self.state = self._new_state(inner)
+
+        def begin(network: UNet) -> None:
+            assert isinstance(network, NestedUNet)
+            grow(network, inner)
+
+        self.state = self._new_state(begin)
+
+    def start_from(self, file: InitialFile) -> None:
+        """Starts the stage from the weights that its configuration names."""
+        weights, checksum = read_initial_weights(file)
+        self.initial_weights = {"uri": file.uri, "sha256": checksum}
+        self.state = self._new_state(lambda network: begin_from(network, self.networks, weights))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint of this stage."""
+        self.initial_weights = checkpoint.manifest.initial_weights
+        # As in the step before it: what was frozen then has no moments.
+        freeze_inner(self.state.network, self._inner_is_frozen(checkpoint.manifest.images_seen - 1))
         self.state.load(checkpoint.tensors, step=checkpoint.manifest.images_seen // self.stage.global_batch_size)
         self.metrics = dict(checkpoint.manifest.metrics)
 
@@ -90,11 +109,17 @@ class StageRun:
         stage, state = self.stage, self.state
         alpha_bars = self.schedule.alpha_bars(self.networks.resolutions).to(self.place.device)
         weights = stage.resolution_weights or (1.0,) * len(self.networks.resolutions)
+        freeze_inner(state.network, self._inner_is_frozen(self.images_seen))
         network = self._distributed(state.network)
         window = LossWindow(self.place)
         if state.step == 0 and self.place.rank == 0:
             self._post_pictures()
         for batch in self._batches():
+            if freeze_inner(state.network, self._inner_is_frozen(self.images_seen)):
+                # The exchange among workers knows what trains. Two would hold the same weights: the old one goes first.
+                del network
+                gc.collect()
+                network = self._distributed(state.network)
             lr = self._learning_rate()
             with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.place.device.type == "cuda"):
                 rows = losses(
@@ -124,12 +149,15 @@ class StageRun:
         """Images of this stage that have been trained on, by all workers together."""
         return self.state.step * self.stage.global_batch_size
 
-    def _new_state(self, inner: State | None) -> TrainState:
+    def _inner_is_frozen(self, images_seen: int) -> bool:
+        """Whether the networks inside keep their weights in the step that takes image `images_seen`."""
+        batch = self.stage.global_batch_size
+        return images_seen // batch * batch < self.stage.freeze_inner_images
+
+    def _new_state(self, begin: Callable[[UNet], None]) -> TrainState:
         torch.manual_seed(self.config.seed + self.index)
         network = build_network(self.networks)
-        if inner is not None:
-            assert isinstance(network, NestedUNet)
-            grow(network, inner)
+        begin(network)
         network.checkpoint_levels(self._checkpointed(network))
         network = network.to(self.place.device)
         keeps_snapshots = self.writer is not None and self.config.checkpoint.ema_snapshots_every_images is not None
@@ -229,6 +257,7 @@ class StageRun:
             run_id=self.context.run_id,
             code_version=version("mdm"),
             metrics=self.metrics,
+            initial_weights=self.initial_weights,
         )
 
     def _preview(self, text_emb: Tensor, text_mask: Tensor) -> dict[int, Any]:

@@ -48,6 +48,8 @@ def train_stages(context: RunContext, *, place: Place, post: Post) -> None:
             stage = StageRun(context, index, place=place, post=post, writer=writer)
             if start is not None and start.manifest.stage == index:
                 stage.resume(start)
+            elif context.config.stages[index].init_from is not None:
+                stage.start_from(context.initial[index])
             elif inner is not None:
                 stage.grow_from(inner)
             inner = stage.run()
