@@ -65,6 +65,12 @@ class StageConfig(Config):
     that of x0 times min(SNR, min_snr_gamma)."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """Where min_snr stops growing."""
+    init_from: str | None = Field(default=None, min_length=1)
+    """What the stage begins from: a run (its newest checkpoint), a checkpoint, a .safetensors or a published .pth, of
+    the stage's networks or of those inside; their averaged weights. If empty, the averages of the stage before, or a
+    new network."""
+    freeze_inner_images: int = Field(default=0, ge=0)
+    """Images over which the networks inside the stage's new one keep their weights."""
     ema_length: float = Field(default=0.1, gt=0, lt=0.28)
     """Length of the average of the weights, as a share of the stage."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -209,6 +215,11 @@ class TrainConfig(Config):
                 )
             self._check_batch(where, stage.global_batch_size)
             count = len(resolutions) - resolutions.index(stage.resolution)
+            if stage.freeze_inner_images and count == 1:
+                raise ValueError(
+                    f"{where}.freeze_inner_images={stage.freeze_inner_images} must be 0: the {stage.resolution} px "
+                    "network has none inside"
+                )
             if stage.resolution_weights is not None and len(stage.resolution_weights) != count:
                 raise ValueError(
                     f"{where}.resolution_weights={list(stage.resolution_weights)} has "

@@ -20,6 +20,7 @@ from pipelines.tracking import Run, open_run
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends
 from pipelines.train.config import TrainConfig
 from pipelines.train.ingest.batch import pad_text
+from pipelines.train.initial import find_initial_weights
 from pipelines.train.preflight import check_same_run, open_table, with_absolute_places
 from pipelines.train.preview import Preview
 from pipelines.train.run_lock import RunLock
@@ -64,7 +65,9 @@ def train(config: TrainConfig) -> TrainReport:
         check_same_run(config, start)
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)
-    table, _, selection = open_table(config, start)
+    table, store, selection = open_table(config, start)
+    first_stage = 0 if start is None else start.manifest.stage + 1
+    initial = find_initial_weights(config, store.width, first_stage=first_stage)
     scaling = config.scaling
     cluster.connect(
         min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
@@ -83,7 +86,8 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        _fit(RunContext(config, table.version, run.id, lock.owner, selection), run, key, start)
+        context = RunContext(config, table.version, run.id, initial, lock.owner, selection)
+        _fit(context, run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 

@@ -16,6 +16,7 @@ from pipelines.progress import Progress
 from pipelines.text_encoder import text_width
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint
 from pipelines.train.config import StageConfig, TrainConfig
+from pipelines.train.ema_snapshots import EMA_LENGTHS
 from pipelines.train.preflight import check_same_run, open_table, with_absolute_places
 
 _FLOAT_BYTES = 4
@@ -28,7 +29,6 @@ class MemoryPlan:
 
     weights: int
     gradients: int
-    """With several workers twice those of one: DistributedDataParallel sends them from buckets."""
     optimizer: int
     ema: int
     activations: int
@@ -227,8 +227,8 @@ def _stage_plan(
         memory=_memory(config, networks, images=images_per_pass, chosen=chosen, levels=levels)
         if config.plan.memory
         else {},
-        # Weights and average, AdamW's moments and its count of steps; what says so is small beside them.
-        checkpoint_bytes=_FLOAT_BYTES * (2 * state + moments),
+        # Weights and averages, AdamW's moments and its count of steps; what says so is small beside them.
+        checkpoint_bytes=_FLOAT_BYTES * ((1 + _num_averages(config)) * state + moments),
         images_per_s_for_deadline=None,
         images_per_s_at_share=None,
         hours_at_share=None,
@@ -248,25 +248,29 @@ def _memory(
     bare = Planned(config=networks, batch=images, text_tokens=config.text.max_tokens, dtype=_dtype(config))
     each = {"as_configured": chosen, "nothing_recomputed": (), "all_recomputed": levels}
     known = {
-        checkpointed: _memory_of(replace(bare, checkpointed=checkpointed), workers=config.scaling.max_workers)
+        checkpointed: _memory_of(replace(bare, checkpointed=checkpointed), num_averages=_num_averages(config))
         for checkpointed in set(each.values())
     }
     return {name: known[checkpointed] for name, checkpointed in each.items()}
 
 
-def _memory_of(planned: Planned, *, workers: int) -> MemoryPlan:
+def _num_averages(config: TrainConfig) -> int:
+    """Averages of the weights that are kept: the one that is sampled from, and those that snapshots are taken of."""
+    return 1 + (len(EMA_LENGTHS) if config.checkpoint.ema_snapshots_every_images else 0)
+
+
+def _memory_of(planned: Planned, *, num_averages: int) -> MemoryPlan:
     with torch.device("meta"):
         network = build_network(planned.config)
     weights = _FLOAT_BYTES * sum(parameter.numel() for parameter in network.parameters())
-    buckets = weights if workers > 1 else 0
     return MemoryPlan(
         weights=weights,
-        gradients=weights + buckets,
+        gradients=weights,
         optimizer=_MOMENTS * weights,
-        ema=weights,
+        ema=num_averages * weights,
         activations=sum(planned_activations(planned).values()),
         # It has the weights and one copy of the gradients in it.
-        peak=planned_peaks(planned)[IN_ALL] + (_MOMENTS + 1) * weights + buckets,
+        peak=planned_peaks(planned)[IN_ALL] + (_MOMENTS + num_averages) * weights,
     )
 
 

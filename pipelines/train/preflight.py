@@ -20,6 +20,10 @@ def with_absolute_places(config: TrainConfig) -> TrainConfig:
         update={
             "data": config.data.model_copy(update={"table": storage.absolute(config.data.table)}),
             "checkpoint": config.checkpoint.model_copy(update={"uri": storage.absolute(config.checkpoint.uri)}),
+            "stages": tuple(
+                stage.model_copy(update={"init_from": stage.init_from and storage.absolute(stage.init_from)})
+                for stage in config.stages
+            ),
         }
     )
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import gc
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -22,14 +23,16 @@ from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema_snapshots import EMA_LENGTHS
 from pipelines.train.finite import FiniteCheck
+from pipelines.train.hooks import Hooks
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.ingest.reader import BatchReader
 from pipelines.train.ingest.selection import Selection, select_rows
+from pipelines.train.initial import InitialFile, begin_from, read_initial_weights
 from pipelines.train.loss_window import LossWindow, WindowMeans
 from pipelines.train.place import Place
 from pipelines.train.run_lock import Owner
 from pipelines.train.speed import Speed
-from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
+from pipelines.train.step import TrainState, freeze_inner, learning_rate, losses, new_state, optimizer_step
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,12 @@ class RunContext:
     """The number that `latest` stood for when the run began."""
     run_id: str
     """MLflow run of the training."""
+    initial: Mapping[int, InitialFile] = field(default_factory=dict)
+    """What stages begin from whose configuration says so, as `find_initial_weights` gives it."""
     owner: Owner | None = None
     """Who holds the folder of the run; None where nobody else can write there."""
     selection: Selection | None = None
     """The rows that are trained on; found by each worker if empty."""
-
-
-class Hooks:
-    """What a stage tells and asks while it runs; this class listens to nothing."""
-
-    def post(self, event: dict[str, Any]) -> None:
-        """Takes an event for the driver: `metrics` of the run. Called on rank 0 only."""
-
-    def reported(self, stage: int, images: int) -> None:
-        """Called on every rank after each report of the losses."""
-
-    def saved(self, uri: str, stage: int, images: int, wait: Callable[[], None]) -> None:
-        """Called on every rank at each checkpoint, while it is written.
-
-        Args:
-            uri: Of the checkpoint.
-            stage: Its number.
-            images: Of the stage so far.
-            wait: Returns once the checkpoint is whole; on rank 0.
-        """
-
-    def preemption(self) -> str:
-        """Says which machines are about to go, if any; every rank asks at the same steps, and gets the same answer."""
-        return ""
 
 
 class StageRun:
@@ -93,15 +74,30 @@ class StageRun:
         self.networks = self.config.model.matryoshka(self.store.width).up_to(self.stage.resolution)
         self.schedule = self.config.model.noise_schedule()
         self.metrics: dict[str, float] = {}
-        self.state = self._new_state(None)
+        self.initial_weights: dict[str, str] | None = None
+        self.state = self._new_state(lambda network: None)
         self._preemption = ""
 
     def grow_from(self, inner: State) -> None:
         """Starts the stage from the averaged weights of the one before."""
-        self.state = self._new_state(inner)
+
+        def begin(network: UNet) -> None:
+            assert isinstance(network, NestedUNet)
+            grow(network, inner)
+
+        self.state = self._new_state(begin)
+
+    def start_from(self, file: InitialFile) -> None:
+        """Starts the stage from the weights that its configuration names."""
+        weights, checksum = read_initial_weights(file)
+        self.initial_weights = {"uri": file.uri, "sha256": checksum}
+        self.state = self._new_state(lambda network: begin_from(network, self.networks, weights))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint of this stage."""
+        self.initial_weights = checkpoint.manifest.initial_weights
+        # As in the step before it: what was frozen then has no moments.
+        freeze_inner(self.state.network, self._inner_is_frozen(checkpoint.manifest.images_seen - 1))
         self.state.load(checkpoint.tensors, step=checkpoint.manifest.images_seen // self.stage.global_batch_size)
         self.metrics = dict(checkpoint.manifest.metrics)
 
@@ -111,52 +107,61 @@ class StageRun:
         Raises:
             AgreedError: The gradients of a step are not finite, and the run is to stop there.
         """
-        stage, state = self.stage, self.state
-        network = self._distributed(state.network)
         window = LossWindow(self.place, num_timesteps=self.config.model.num_timesteps)
         finite = FiniteCheck(self.place, self.config.on_nan)
         waited_s = 0.0
         with self._reader() as reader:
-            steps = reader.steps(
-                state.step,
-                global_batch_size=stage.global_batch_size,
-                rank=self.place.rank,
-                workers=self.place.workers,
-                micro_batch_size=self.config.scaling.micro_batch_size,
-            )
-            for batches in steps:
+            for batches in self._steps(reader):
                 lr = self._learning_rate()
-                rows = self._accumulate(network, batches)
+                rows = self._accumulate(batches)
                 timestep = torch.cat([batch.timestep for batch in batches]).to(self.place.device)
-                norm = optimizer_step(state, lr=lr, max_grad_norm=stage.max_grad_norm)
+                norm = optimizer_step(self.state, lr=lr, max_grad_norm=self.stage.max_grad_norm)
                 window.add(rows, timestep, norm)
-                finite.add(state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
-                done = state.step == stage.num_steps
-                is_reported = done or state.step % self.config.log_every_steps == 0
+                finite.add(self.state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
+                done = self.state.step == self.stage.num_steps
+                is_reported = done or self.state.step % self.config.log_every_steps == 0
                 if is_reported:
                     self._report(window.take(waited_s=reader.wait_s - waited_s), lr, finite.num_skipped)
                     waited_s = reader.wait_s
                 self._save(finite, done, is_preempted=is_reported and self._is_preempted())
                 if done:
                     break
-        return state.ema.state_dict()
+        return self.state.ema.state_dict()
 
-    def _accumulate(self, network: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    def _steps(self, reader: BatchReader) -> Iterator[tuple[Batch, ...]]:
+        """This worker's share of each step that is left, and the network made ready for it."""
+        steps = reader.steps(
+            self.state.step,
+            global_batch_size=self.stage.global_batch_size,
+            rank=self.place.rank,
+            workers=self.place.workers,
+            micro_batch_size=self.config.scaling.micro_batch_size,
+        )
+        freeze_inner(self.state.network, self._inner_is_frozen(self.images_seen))
+        self._network = self._distributed(self.state.network)
+        for batches in steps:
+            if freeze_inner(self.state.network, self._inner_is_frozen(self.images_seen)):
+                # The exchange among workers knows what trains. Two would hold the same weights: the old one goes first.
+                self._network = self.state.network
+                gc.collect()
+                self._network = self._distributed(self.state.network)
+            yield batches
+
+    def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Adds up the gradients of this worker's share of a step; returns the (R, B) losses of its rows."""
         rows: list[Tensor] = []
         # Of workers the gradients are averaged, of rows the mean over the whole batch is wanted.
         share = self.place.workers / self.stage.global_batch_size
         for number, batch in enumerate(batches, start=1):
-            with self._unsynchronized(network, number < len(batches)):
+            with self._unsynchronized(number < len(batches)):
                 with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self._uses_bfloat16):
-                    rows.append(losses(network, batch.to(self.place.device), **self._objective))
+                    rows.append(losses(self._network, batch.to(self.place.device), **self._objective))
                 (rows[-1].sum() * share).backward()
         return torch.cat(rows, dim=1).detach()
 
-    @staticmethod
-    def _unsynchronized(network: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
-        if wanted and isinstance(network, DistributedDataParallel):
-            return network.no_sync()
+    def _unsynchronized(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        if wanted and isinstance(self._network, DistributedDataParallel):
+            return self._network.no_sync()
         return contextlib.nullcontext()
 
     @functools.cached_property
@@ -182,12 +187,15 @@ class StageRun:
         """Images of this stage that have been trained on, by all workers together."""
         return self.state.step * self.stage.global_batch_size
 
-    def _new_state(self, inner: State | None) -> TrainState:
+    def _inner_is_frozen(self, images_seen: int) -> bool:
+        """Whether the networks inside keep their weights in the step that takes image `images_seen`."""
+        batch = self.stage.global_batch_size
+        return images_seen // batch * batch < self.stage.freeze_inner_images
+
+    def _new_state(self, begin: Callable[[UNet], None]) -> TrainState:
         torch.manual_seed(self.config.seed + self.index)
         network = build_network(self.networks)
-        if inner is not None:
-            assert isinstance(network, NestedUNet)
-            grow(network, inner)
+        begin(network)
         network.checkpoint_levels(self._checkpointed(network))
         network = network.to(self.place.device)
         keeps_snapshots = self.writer is not None and self.config.checkpoint.ema_snapshots_every_images is not None
@@ -207,7 +215,9 @@ class StageRun:
         compiled: nn.Module = torch.compile(network) if self.config.scaling.compile else network  # type: ignore[assignment]
         if self.place.workers == 1:
             return compiled
-        return DistributedDataParallel(compiled, device_ids=[self.place.device] if self.place.device.index else None)
+        devices = [self.place.device] if self.place.device.type == "cuda" else None
+        # Gradients lie in what is sent, not beside it: 4 bytes a parameter less.
+        return DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
 
     @functools.cached_property
     def _speed(self) -> Speed:
@@ -316,4 +326,5 @@ class StageRun:
             run_id=self.context.run_id,
             code_version=version("mdm"),
             metrics=self.metrics,
+            initial_weights=self.initial_weights,
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mdm_core.ema import PowerEma, PowerEmaTracker
 from mdm_core.loss import LossWeighting, matryoshka_loss, training_pairs
+from mdm_core.nested_unet import NestedUNet
 from mdm_core.parameterization import PredictionType
 from mdm_core.pyramid import build_pyramid
 from mdm_core.unet import UNet
@@ -66,6 +67,19 @@ def new_state(
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     averages = PowerEmaTracker(network, relative_lengths=average_lengths) if average_lengths else None
     return TrainState(network, PowerEma(network, relative_length=ema_length), optimizer, averages=averages)
+
+
+def freeze_inner(network: UNet, frozen: bool) -> bool:
+    """Lets the networks inside a nested one keep their weights, or train; returns whether that changes anything.
+
+    Frozen weights have no gradient, which the optimizer passes over, and no part in the exchange among workers, which
+    is set up once: a `DistributedDataParallel` from before a change has to go before a new one takes its place.
+    """
+    inner = network.inner_unet if isinstance(network, NestedUNet) else None
+    if inner is None or all(parameter.requires_grad != frozen for parameter in inner.parameters()):
+        return False
+    inner.requires_grad_(not frozen)
+    return True
 
 
 def losses(

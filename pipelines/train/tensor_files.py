@@ -1,15 +1,21 @@
 """Tensors in a file at a URI: safetensors, written and read past this process's memory."""
 
 import errno
+import json
 import os
+import struct
 from collections.abc import Callable, Mapping
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines import storage
 from pipelines.large_files import on_disk, replacing, sha256
+
+_MAX_HEADER_BYTES = 100_000_000
+"""As the library has it."""
 
 
 def write_tensors(
@@ -57,3 +63,31 @@ def read_tensors(uri: str) -> tuple[dict[str, Tensor], str]:
     """
     with on_disk(uri) as path:
         return load_file(path), sha256(path)
+
+
+def read_header(uri: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file says of its tensors, without reading them: each on the `meta` device, and the metadata.
+
+    Their shapes are the file's; of their types, only whether they hold fractions.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        OSError: It can't be read.
+        SafetensorError: It is no such file.
+    """
+    with storage.open_input(uri) as file:
+        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if size > _MAX_HEADER_BYTES:
+            raise SafetensorError("it is no safetensors file")
+        try:
+            header = json.loads(file.read(size))
+            metadata = header.pop("__metadata__", {})
+            shapes = {
+                name: torch.empty(
+                    said["shape"], dtype=torch.float32 if "F" in said["dtype"] else torch.int64, device="meta"
+                )
+                for name, said in header.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SafetensorError(f"its header is damaged: {error!r}") from error
+    return shapes, metadata

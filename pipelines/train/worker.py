@@ -17,9 +17,10 @@ from pipelines.tracking import SystemMetrics
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.finite import AgreedError
+from pipelines.train.hooks import Hooks
 from pipelines.train.place import Place
 from pipelines.train.run_lock import take_fence
-from pipelines.train.stage import Hooks, RunContext, StageRun
+from pipelines.train.stage import RunContext, StageRun
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -56,6 +57,8 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
             stage = StageRun(context, index, place=place, hooks=hooks, writer=writer)
             if start is not None and start.manifest.stage == index:
                 stage.resume(start)
+            elif context.config.stages[index].init_from is not None:
+                stage.start_from(context.initial[index])
             elif inner is not None:
                 stage.grow_from(inner)
             inner = stage.run()

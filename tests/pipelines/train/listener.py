@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipelines.train.stage import Hooks
+from pipelines.train.hooks import Hooks
 
 
 class KilledError(BaseException):

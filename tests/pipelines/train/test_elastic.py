@@ -12,8 +12,9 @@ from ray.cluster_utils import Cluster
 from pipelines.data.table import SampleTable
 from pipelines.tracking import child_runs, metric_history
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
+from pipelines.train.hooks import Hooks
 from pipelines.train.place import Place
-from pipelines.train.stage import Hooks, RunContext
+from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_stages
 
 from .command import started

@@ -23,8 +23,9 @@ from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema_snapshots import EMA_LENGTHS, list_snapshots, snapshot_name, to_stored
 from pipelines.train.ema_weights import rebuild_ema
+from pipelines.train.hooks import Hooks
 from pipelines.train.place import Place
-from pipelines.train.stage import Hooks, RunContext
+from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_stages
 
 from .conftest import run_config

@@ -8,8 +8,9 @@ import torch
 from pipelines.data.table import SampleTable
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig
+from pipelines.train.hooks import Hooks
 from pipelines.train.place import Place
-from pipelines.train.stage import Hooks, RunContext
+from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_stages
 
 from .command import started

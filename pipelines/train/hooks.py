@@ -1,0 +1,28 @@
+"""What a stage tells and asks while it runs, so that it need not know of Ray."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Hooks:
+    """Listens to nothing; a class of its own says otherwise."""
+
+    def post(self, event: dict[str, Any]) -> None:
+        """Takes an event for the driver: `metrics` of the run. Called on rank 0 only."""
+
+    def reported(self, stage: int, images: int) -> None:
+        """Called on every rank after each report of the losses."""
+
+    def saved(self, uri: str, stage: int, images: int, wait: Callable[[], None]) -> None:
+        """Called on every rank at each checkpoint, while it is written.
+
+        Args:
+            uri: Of the checkpoint.
+            stage: Its number.
+            images: Of the stage so far.
+            wait: Returns once the checkpoint is whole; on rank 0.
+        """
+
+    def preemption(self) -> str:
+        """Says which machines are about to go, if any; every rank asks at the same steps, and gets the same answer."""
+        return ""
