@@ -46,7 +46,7 @@ class Draft:
         """Has the rows decoded; returns the batch that they are."""
         pin, count = self._shape.pin_memory, len(self._rows)
         sides = self._shape.resolutions
-        # As a picture lies in memory: channels last.
+        # Not before, as they are large: of most steps ahead only the row groups are read. Channels lie last in memory.
         self._x0 = torch.empty(count, sides[0], sides[0], 3, dtype=torch.uint8, pin_memory=pin)
         self._noise = [torch.empty(count, side, side, 3, pin_memory=pin) for side in sides]
         rows = [executor.submit(self._fill, row) for row in range(count)]

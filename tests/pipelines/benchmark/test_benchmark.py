@@ -71,6 +71,11 @@ def test_a_plan_runs_nothing(capsys, monkeypatch):
     assert result["saved_bytes"] < result["saved_bytes_without_checkpoint"] / 3
 
 
+def test_a_plan_has_no_data_to_measure(capsys):
+    assert main(["train", *TINY, "--plan", "true", "--with_data", "true"]) == 2
+    assert "plan runs nothing, so with_data has nothing to measure; leave one of them out" in capsys.readouterr().err
+
+
 def test_pictures_from_a_table_are_set_beside_a_batch_in_memory(capsys):
     argv = ["train", *TINY, "--batch", "1", "--steps", "2", "--warmup_steps", "1", "--with_data", "true"]
     result, err = run(capsys, *argv, "--data_threads", "1")

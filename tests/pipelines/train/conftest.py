@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +86,18 @@ def make_table(
 def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
     """40 rows in three shards."""
     return make_table(tmp_path_factory.mktemp("table"), (17, 13, 10))
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
+    """40 rows in three shards with row groups of 4; the last of each has fewer."""
+    return make_table(tmp_path_factory.mktemp("grouped"), (17, 13, 10), row_group_rows=4)
+
+
+@pytest.fixture
+def copied(grouped: SampleTable, tmp_path: Path) -> SampleTable:
+    """A copy of it that a test may damage."""
+    return SampleTable.open(str(shutil.copytree(grouped.uri, tmp_path / "table")))
 
 
 def run_config(table: SampleTable, folder: Path, **changes: Any) -> TrainConfig:

@@ -69,6 +69,8 @@ def test_another_run_is_not_continued(alone: tuple[TrainConfig, TrainReport]) ->
     ("changes", "message"),
     [
         ({"data": {"table": "{table}", "version": 99}}, "has no version 99; the latest is 2"),
+        ({"data": {"where": "widht > 3"}}, "names widht, which is no column to choose by; did you mean width"),
+        ({"data": {"where": "width > 99"}}, "is true of none of the 40 ok rows"),
         ({"text": {"encoder": "t5:small", "max_tokens": 8}}, "has no embeddings by t5:small; run `mdm embed"),
         ({"text": {"max_tokens": 16}}, "have max_tokens=8, wanted 16"),
         ({"scaling": {"workers": 8}}, "needs 8 CPUs at once, but the Ray cluster has 4"),
