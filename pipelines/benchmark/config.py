@@ -80,6 +80,10 @@ class TrainBenchmarkConfig(NetworkBenchmarkConfig):
     """Timed steps."""
     checkpoint: tuple[str, ...] = ()
     """Levels that keep only their input for the backward pass and run twice, as in 64.up.0,64.down.0; all, or none."""
+    with_data: bool = False
+    """Whether pictures read from a table are trained on as well, to see what that costs: ingest_ratio."""
+    data_threads: int | None = Field(default=None, ge=1)
+    """Threads that decode them; as many as there are CPUs if empty."""
 
     @field_validator("checkpoint", mode="before")
     @classmethod
@@ -87,6 +91,12 @@ class TrainBenchmarkConfig(NetworkBenchmarkConfig):
         if not isinstance(value, str):
             return value
         return () if value == "none" else tuple(part.strip() for part in value.split(","))
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.with_data and self.plan:
+            raise ValueError("plan runs nothing, so with_data has nothing to measure; leave one of them out")
+        return self
 
     def checkpointed(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The levels meant, of those that the network has.

@@ -87,10 +87,15 @@ class Training:
         if config.compile:
             _compile(self.network)
         self._loss = _objective(config, networks, device)
+        self._batch = synthetic_batch(config, networks).to(device)
 
     def step(self) -> None:
         """Forward, loss, backward, clipping, fused AdamW and the average of the weights."""
-        self._loss(self.network).backward()
+        self.train_on(self._batch)
+
+    def train_on(self, batch: Batch) -> None:
+        """The same step on another batch, which is on the device."""
+        self._loss(self.network, batch).backward()
         optimizer_step(self._state, lr=LR, max_grad_norm=MAX_GRAD_NORM)
 
 
@@ -104,10 +109,11 @@ class PlainTraining:
         self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
         self._ema = {name: value.clone() for name, value in self.network.state_dict().items()}
         self._loss = _objective(config, networks, device)
+        self._batch = synthetic_batch(config, networks).to(device)
 
     def step(self) -> None:
         """Forward, loss, backward, clipping, AdamW and the average of the weights, one parameter at a time."""
-        loss = self._loss(self.network)
+        loss = self._loss(self.network, self._batch)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
@@ -160,13 +166,12 @@ class Generation:
 
 def _objective(
     config: TrainBenchmarkConfig, networks: MatryoshkaConfig, device: torch.device
-) -> Callable[[nn.Module], Tensor]:
-    """The loss of a network on one batch, always the same."""
-    batch = synthetic_batch(config, networks).to(device)
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """The loss of a network on a batch."""
     alpha_bars = PRESETS[config.preset].schedule.alpha_bars(networks.resolutions).to(device)
     autocast = _autocast(config, device)
 
-    def loss(network: nn.Module) -> Tensor:
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
         with autocast():
             rows = losses(
                 network,

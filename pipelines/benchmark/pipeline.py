@@ -14,6 +14,7 @@ from pipelines.benchmark.activations import IN_ALL, Planned, planned_activations
 from pipelines.benchmark.config import SampleBenchmarkConfig, TrainBenchmarkConfig
 from pipelines.benchmark.contender import Label
 from pipelines.benchmark.flops import Flops, flops_per_picture
+from pipelines.benchmark.ingest import measure_ingest
 from pipelines.benchmark.measuring import Measured
 from pipelines.benchmark.peaks import device_name, known_peak
 from pipelines.benchmark.report import measured_record, ratios
@@ -135,6 +136,8 @@ def _measured(
         )
     if isinstance(config, TrainBenchmarkConfig):
         result |= saved_bytes(config, networks)
+        if config.with_data:
+            result |= measure_ingest(config, device)
     return result | (ratios(result["ours"], result["plain"]) if "plain" in result else {})
 
 

@@ -68,6 +68,12 @@ def table(result: Mapping[str, Any]) -> str:
         lines += aligned([["", *contenders], *_rows(contenders)])
     if "step_ratio" in result:
         lines.append(f"{result['step_ratio']:.2f} × the speed, {result['memory_ratio']:.2f} × the memory")
+    if "ingest_ratio" in result:
+        fed, wait = result["with_data"], result["data_wait_fraction"]
+        lines.append(
+            f"{result['ingest_ratio']:.1%} of the rate with pictures from a table, {fed['step_s']:.3g} s a step, "
+            f"{wait:.1%} of it waiting; {fed['decoding_threads']} threads decode"
+        )
     if "saved_bytes_by_level" in result:
         peaks = result.get("peak_bytes_by_level", {})
         lines += [

@@ -110,7 +110,7 @@ def _of_run(uri: str, weights: Weights, encoder: str, max_tokens: int | None) ->
         network=network,
         schedule=manifest.noise_schedule(),
         prediction_type=manifest.prediction_type,
-        text=_text_settings(manifest.matryoshka(), *trained_with),
+        text=_text_settings(manifest.matryoshka(), *trained_with, trained_here=True),
         manifest=manifest,
     )
 
@@ -120,8 +120,7 @@ def _published(path: Path, uri: str, encoder: str, max_tokens: int) -> LoadedMod
     shape = published_shape(checkpoint, what=uri)
     network = build_network(shape.config)
     load_apple_weights(network, checkpoint)
-    # The published code drops no caption in training, and guides away from the empty one.
-    text = _text_settings(shape.config, encoder, max_tokens, negative_is_empty_caption=True)
+    text = _text_settings(shape.config, encoder, max_tokens, trained_here=False)
     return LoadedModel(network=network, schedule=shape.schedule, prediction_type=shape.prediction_type, text=text)
 
 
@@ -135,19 +134,19 @@ def _model_file(path: Path, uri: str, encoder: str, max_tokens: int | None) -> L
         max_tokens = max_tokens or int(said.get("max_tokens", _PUBLISHED_TOKENS))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{uri} says max_tokens={said['max_tokens']!r}; give --text.max_tokens") from error
-    # Only networks of the published kind attend to padding.
-    empty = not model.config.networks[-1].mask_text
-    text = _text_settings(model.config, encoder, max_tokens, negative_is_empty_caption=empty)
+    # Only networks of the published kind attend to padding, and only `mdm train` writes how much it has seen.
+    trained_here = model.config.networks[-1].mask_text or "images_seen" in said
+    text = _text_settings(model.config, encoder, max_tokens, trained_here=trained_here)
     return LoadedModel(network=model.network, schedule=model.schedule, prediction_type=model.prediction_type, text=text)
 
 
-def _text_settings(
-    config: MatryoshkaConfig, encoder: str, max_tokens: int, *, negative_is_empty_caption: bool = False
-) -> TextSettings:
+def _text_settings(config: MatryoshkaConfig, encoder: str, max_tokens: int, *, trained_here: bool) -> TextSettings:
     return TextSettings(
         encoder=encoder,
         max_tokens=max_tokens,
         text_dim=config.text_dim,
         hides_padding=config.networks[-1].mask_text,
-        negative_is_empty_caption=negative_is_empty_caption,
+        fills=trained_here,
+        # The published code drops no caption in training, and guides away from the empty one.
+        negative_is_empty_caption=not trained_here,
     )

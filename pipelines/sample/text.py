@@ -31,6 +31,9 @@ class TextSettings:
     """Width that the network reads; None for a network that reads no text."""
     hides_padding: bool = True
     """Whether attention leaves padding out. Where it doesn't, the padded length changes the picture."""
+    fills: bool = False
+    """Whether a network to which padding is not hidden gets `max_tokens` tokens of every caption, as it was trained
+    here, and not as many as the published code gives it."""
     negative_is_empty_caption: bool = False
     """Whether guidance goes away from the encoded empty caption; else from no caption."""
 
@@ -75,9 +78,9 @@ class CaptionReader:
     def batches(self, captions: Sequence[str], *, negative: str, guided: bool) -> Iterator[TextBatch]:
         """The captions encoded, in as few batches as the network allows.
 
-        A network that attends to padding gets every caption padded as the published code does it, to the longer of
-        the caption and the negative one (the caption alone without guidance): neither batch nor caption beside it
-        changes a picture.
+        A network that attends to padding gets every caption padded to `max_tokens` if it was trained here, else as the
+        published code does it, to the longer of the caption and the negative one (the caption alone without guidance):
+        neither batch nor caption beside it changes a picture.
 
         Args:
             captions: B texts.
@@ -92,6 +95,7 @@ class CaptionReader:
         groups: dict[int, list[int]] = {}
         for row, embedding in enumerate(embeddings):
             length = max(len(embedding), 0 if against is None else len(against))
+            length = settings.max_tokens if settings.fills else length
             groups.setdefault(0 if settings.hides_padding else min(length, settings.max_tokens), []).append(row)
         for length, rows in groups.items():
             text = self._padded([embeddings[row] for row in rows], length)

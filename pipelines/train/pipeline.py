@@ -148,7 +148,8 @@ def _validation(config: TrainConfig, board: Any) -> ValidationConfig | None:
     if not captions:
         return None
     encoder = load_text_encoder(config.text.encoder, max_tokens=config.text.max_tokens)
-    text = pad_text(encoder.encode(captions), width=encoder.width, length=config.text.max_tokens)
+    fill = not config.model.matryoshka(encoder.width).networks[-1].mask_text
+    text = pad_text(encoder.encode(captions), width=encoder.width, length=config.text.max_tokens, fill=fill)
     preview = Preview(config.preview, config.seed, text, post=lambda event: ray.get(board.put.remote(event)))
     resources = {"num_cpus": config.preview.cpus, "num_gpus": config.preview.gpus}
     return ValidationConfig(fn=preview, ray_remote_kwargs=resources)

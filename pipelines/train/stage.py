@@ -234,6 +234,7 @@ class StageRun:
             stage=self.index,
             num_timesteps=self.config.model.num_timesteps,
             max_tokens=self.config.text.max_tokens,
+            fill_text=not self.networks.networks[-1].mask_text,
             drop_prob=self.config.text.drop_prob,
             flip=data.flip,
             crop=data.crop,

@@ -12,7 +12,6 @@ import torch.distributed
 from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
 from mdm_core.errors import MdmError
-from pipelines import storage
 from pipelines.tracking import SystemMetrics
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipelines.train.checkpoint_writer import CheckpointWriter
@@ -98,16 +97,22 @@ class _RayHooks(Hooks):
         if not self._previews:
             return
 
+        notes = ray.train.get_context().get_storage()
+
         def whole(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             wait()
-            return checkpoint
+            # Ray takes nothing for a checkpoint but a folder among its own notes; this one says where the real one is.
+            folder = f"{notes.experiment_fs_path}/{name}"
+            notes.storage_filesystem.create_dir(folder)
+            with notes.storage_filesystem.open_output_stream(f"{folder}/checkpoint.txt") as file:
+                file.write(uri.encode())
+            return ray.train.Checkpoint(folder, notes.storage_filesystem)
 
         # Every worker must come here; rank 0 alone has something to hand in.
         is_first = self._place.rank == 0
-        filesystem, path = storage.arrow_filesystem(uri)
         ray.train.report(
             {},
-            checkpoint=ray.train.Checkpoint(path, filesystem) if is_first else None,
+            checkpoint=ray.train.Checkpoint(notes.experiment_fs_path, notes.storage_filesystem) if is_first else None,
             # On a thread of Ray's, which tells the preview once the checkpoint is written.
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=whole,

@@ -46,14 +46,22 @@ class Batch:
 
 
 def pad_text(
-    captions: Sequence[NDArray[np.float16]], *, width: int, length: int, pin_memory: bool = False
+    captions: Sequence[NDArray[np.float16]], *, width: int, length: int, fill: bool = False, pin_memory: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Token embeddings (L_i, D) of each caption, cut to `length` and padded to the longest of them.
+
+    Args:
+        captions: The embeddings.
+        width: D.
+        length: Tokens that are kept.
+        fill: Whether to pad to `length`: where attention sees padding, what a caption means depends on how much of it
+            there is, and must not on the captions beside it.
+        pin_memory: Whether a GPU can fetch them by itself.
 
     Returns:
         (B, L, D) float32 with zeros for padding, and (B, L) bool, True = real token; at least one token long.
     """
-    longest = max([1, *(min(len(caption), length) for caption in captions)])
+    longest = length if fill else max([1, *(min(len(caption), length) for caption in captions)])
     text_emb = torch.zeros(len(captions), longest, width, pin_memory=pin_memory)
     text_mask = torch.zeros(len(captions), longest, dtype=torch.bool, pin_memory=pin_memory)
     rows, mask = text_emb.numpy(), text_mask.numpy()

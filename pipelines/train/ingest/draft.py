@@ -24,6 +24,8 @@ class BatchShape:
     """Width of a token's embedding."""
     max_tokens: int
     """Tokens of a caption that are kept."""
+    fill_text: bool
+    """Whether every caption is padded to `max_tokens`."""
     pin_memory: bool
     """Whether a GPU can fetch them by itself."""
 
@@ -46,7 +48,7 @@ class Draft:
         """Has the rows decoded; returns the batch that they are."""
         pin, count = self._shape.pin_memory, len(self._rows)
         sides = self._shape.resolutions
-        # As a picture lies in memory: channels last.
+        # Not before, as they are large: of most steps ahead only the row groups are read. Channels lie last in memory.
         self._x0 = torch.empty(count, sides[0], sides[0], 3, dtype=torch.uint8, pin_memory=pin)
         self._noise = [torch.empty(count, side, side, 3, pin_memory=pin) for side in sides]
         rows = [executor.submit(self._fill, row) for row in range(count)]
@@ -66,7 +68,11 @@ class Draft:
             row.result()
         shape = self._shape
         text_emb, text_mask = pad_text(
-            self._captions, width=shape.text_width, length=shape.max_tokens, pin_memory=shape.pin_memory
+            self._captions,
+            width=shape.text_width,
+            length=shape.max_tokens,
+            fill=shape.fill_text,
+            pin_memory=shape.pin_memory,
         )
         text_mask &= ~self._dropped[:, None]
         return Batch(

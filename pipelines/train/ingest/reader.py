@@ -45,6 +45,7 @@ class BatchReader:
         stage: int,
         num_timesteps: int,
         max_tokens: int,
+        fill_text: bool = False,
         drop_prob: float = 0.0,
         flip: bool = False,
         crop: Crop = "center",
@@ -64,6 +65,7 @@ class BatchReader:
             stage: From 0.
             num_timesteps: Noise levels.
             max_tokens: Tokens of a caption that are kept.
+            fill_text: Whether every caption is padded to them, for networks whose attention sees padding.
             drop_prob: Share of captions that are left out.
             flip: Whether half of the pictures are mirrored.
             crop: The middle square of a picture, or any.
@@ -78,7 +80,7 @@ class BatchReader:
         self._draws = Draws(
             seed=seed, stage=stage, num_timesteps=num_timesteps, drop_prob=drop_prob, flip=flip, crop=crop
         )
-        self._shape = BatchShape(resolutions, store.width, max_tokens, pin_memory)
+        self._shape = BatchShape(resolutions, store.width, max_tokens, fill_text, pin_memory)
         self._prefetch_steps, self._wait_s = prefetch_steps, 0.0
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")

@@ -71,7 +71,22 @@ def test_a_plan_runs_nothing(capsys, monkeypatch):
     assert result["saved_bytes"] < result["saved_bytes_without_checkpoint"] / 3
 
 
-def test_without_a_baseline_there_are_no_ratios(capsys):
-    result, _ = run(capsys, "train", *TINY, "--batch", "1", "--steps", "1", "--warmup_steps", "0")
+def test_a_plan_has_no_data_to_measure(capsys):
+    assert main(["train", *TINY, "--plan", "true", "--with_data", "true"]) == 2
+    assert "plan runs nothing, so with_data has nothing to measure; leave one of them out" in capsys.readouterr().err
+
+
+def test_pictures_from_a_table_are_set_beside_a_batch_in_memory(capsys):
+    argv = ["train", *TINY, "--batch", "1", "--steps", "2", "--warmup_steps", "1", "--with_data", "true"]
+    result, err = run(capsys, *argv, "--data_threads", "1")
+    fed = result["with_data"]
+    assert (fed["steps"], fed["decoding_threads"]) == (6, 1)
+    assert result["ingest_ratio"] == sorted(result["ingest_ratios"])[1]
+    assert min(result["ingest_ratios"]) <= fed["in_memory_step_s"] / fed["step_s"] <= max(result["ingest_ratios"])
+    assert fed["images_per_s"] == pytest.approx(1 / fed["step_s"])
+    # What is waited for is a part of the step, and taking it is no step.
+    assert 0 < result["data_wait_fraction"] < 1
+    assert f"{result['ingest_ratio']:.1%} of the rate with pictures from a table" in err
+    # Without a baseline there is nothing to compare with.
     assert {"plain", "step_ratio", "memory_ratio"}.isdisjoint(result)
     assert result["ours"]["network_calls_per_step"] == 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,14 +27,20 @@ def picture(index: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng([1, index]).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
+def row_id(index: int) -> bytes:
+    """The id of a row."""
+    return hashlib.blake2b(str(index).encode(), digest_size=16).digest()
+
+
 def make_table(
     folder: Path,
     rows_per_shard: tuple[int, ...],
     *,
     row_group_rows: int = 100,
     draw: Callable[[int], np.ndarray[Any, Any]] = picture,
+    infinite: int | None = None,
 ) -> SampleTable:
-    """A table of `ok` rows, and embeddings of 2 to 5 tokens whose first number is the row's index."""
+    """A table of `ok` rows, and embeddings of 2 to 5 tokens whose first number is the row's index, or is infinite."""
     uri, index = str(folder / "table"), 0
     for count in rows_per_shard:
         rows: list[dict[str, Any]] = []
@@ -42,7 +49,7 @@ def make_table(
             Image.fromarray(draw(number)).save(buffer, "PNG")
             values: dict[str, Any] = dict.fromkeys(SampleTable.SCHEMA.names)
             values |= {
-                "id": hashlib.blake2b(str(number).encode(), digest_size=16).digest(),
+                "id": row_id(number),
                 "url": f"http://example.org/{number}",
                 "caption": f"caption {number}",
                 "source": "test",
@@ -74,7 +81,7 @@ def make_table(
         embeddings = []
         for number in numbers:
             one = np.random.default_rng([2, number]).standard_normal((2 + number % 4, WIDTH)).astype(np.float16)
-            one[0, 0] = number
+            one[0, 0] = np.inf if number == infinite else number
             embeddings.append(one)
         data = encode_embeddings(rows_of["id"], embeddings, info, row_groups)
         storage.write_bytes_atomic(storage.join(embedding_folder(table.uri, "minilm"), shard.path), data)
@@ -85,6 +92,18 @@ def make_table(
 def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
     """40 rows in three shards."""
     return make_table(tmp_path_factory.mktemp("table"), (17, 13, 10))
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
+    """40 rows in three shards with row groups of 4; the last of each has fewer."""
+    return make_table(tmp_path_factory.mktemp("grouped"), (17, 13, 10), row_group_rows=4)
+
+
+@pytest.fixture
+def copied(grouped: SampleTable, tmp_path: Path) -> SampleTable:
+    """A copy of it that a test may damage."""
+    return SampleTable.open(str(shutil.copytree(grouped.uri, tmp_path / "table")))
 
 
 def run_config(table: SampleTable, folder: Path, **changes: Any) -> TrainConfig:

@@ -1,13 +1,16 @@
 """Which rows a step takes: each once an epoch, and the same however one comes to the step."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipelines.data.table import Shard
 from pipelines.train.ingest.order import CanonicalOrder, StepRows
+from pipelines.train.ingest.selection import Selection
 
 Pair = tuple[int, int]
 
@@ -58,6 +61,37 @@ def test_an_image_has_its_number_at_any_batch_size(sizes: list[int], batches: tu
         steps = [order.step(step, batch) for step in range(-(-40 // batch))]
         found.append({n: pair for rows in steps for n, pair in zip(rows.number.tolist(), pairs(rows), strict=True)})
     assert all(found[0][number] == found[1][number] for number in range(40))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layout=st.lists(st.lists(st.lists(st.booleans(), max_size=12), max_size=4), min_size=1, max_size=5),
+    window=st.integers(1, 8),
+    batch=st.integers(1, 30),
+    workers=st.integers(1, 5),
+)
+def test_chosen_rows_of_any_shards_come_once_an_epoch_whoever_reads_them(
+    layout: list[list[list[bool]]], window: int, batch: int, workers: int
+) -> None:
+    wanted = set()
+    for shard, groups in enumerate(layout):
+        bits = [bit for group in groups for bit in group]
+        wanted |= {(f"{shard}.parquet", row) for row, bit in enumerate(bits) if bit}
+    assume(wanted)
+    shards = [Shard(f"{index}.parquet", sum(map(len, groups)), "ok", 1) for index, groups in enumerate(layout)]
+    mask = np.array([bit for groups in layout for group in groups for bit in group])
+    selection = Selection(shards, [[len(group) for group in groups] for groups in layout], mask)
+    order = CanonicalOrder(selection.rows_per_group, seed=1, stage=0, shuffle_row_groups=window)
+    by_number = {}
+    for step in range(-(-2 * len(wanted) // batch)):
+        bounds = [rank * batch // workers for rank in range(workers + 1)]
+        for begin, end in pairwise(bounds):
+            share = order.step(step, batch)[begin:end]
+            for number, group, row in zip(share.number.tolist(), share.group, share.row, strict=True):
+                place = selection.group(int(group))
+                by_number[number] = (place.shard.path, place.first_row + int(selection.chosen_rows(int(group))[row]))
+    for epoch in range(2):
+        assert {by_number[epoch * len(wanted) + position] for position in range(len(wanted))} == wanted
 
 
 def test_a_window_of_row_groups_is_used_up_before_the_next() -> None:

@@ -1,8 +1,5 @@
 """What a step trains on: a pure function of seed, stage, step and selection, whoever reads it."""
 
-import shutil
-import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,79 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mdm_core.errors import ConfigError, WorkError
+from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.table import SampleTable
-from pipelines.embed.store import EmbeddingStore
-from pipelines.train.ingest.batch import Batch
-from pipelines.train.ingest.reader import BatchReader
-from pipelines.train.ingest.selection import select_rows
 
 from .conftest import SIDE, make_table, picture
-
-Read = dict[str, Any]
-
-
-def reader(table: SampleTable, where: str | None = None, **changes: Any) -> BatchReader:
-    values: dict[str, Any] = {
-        "resolutions": (16, 8),
-        "seed": 3,
-        "stage": 0,
-        "num_timesteps": 1000,
-        "max_tokens": 8,
-        "drop_prob": 0.25,
-        "flip": True,
-        "shuffle_row_groups": 3,
-    }
-    return BatchReader(table, EmbeddingStore.open(table, "minilm"), select_rows(table, where), **(values | changes))
-
-
-def steps(
-    table: SampleTable,
-    count: int,
-    *,
-    first: int = 0,
-    batch: int = 12,
-    rank: int = 0,
-    workers: int = 1,
-    micro: int | None = None,
-    **changes: Any,
-) -> list[tuple[Batch, ...]]:
-    with reader(table, **changes) as opened:
-        found = opened.steps(first, global_batch_size=batch, rank=rank, workers=workers, micro_batch_size=micro)
-        return [next(found) for _ in range(count)]
-
-
-def joined(parts: list[Batch]) -> Read:
-    """All that batches hold, one after the other; the text cut to its real tokens, as it is padded to the longest."""
-    return {
-        "x0": torch.cat([part.x0 for part in parts]),
-        "timestep": torch.cat([part.timestep for part in parts]),
-        "noise": [torch.cat(level) for level in zip(*(part.noise for part in parts), strict=True)],
-        "tokens": [int(row.sum()) for part in parts for row in part.text_mask],
-        "text": [row[row.any(dim=1)] for part in parts for row in part.text_emb],
-        "ids": [one for part in parts for one in part.ids],
-    }
-
-
-def assert_same(a: Read, b: Read) -> None:
-    assert a["ids"] == b["ids"]
-    assert a["tokens"] == b["tokens"]
-    assert torch.equal(a["x0"], b["x0"])
-    assert torch.equal(a["timestep"], b["timestep"])
-    assert all(torch.equal(x, y) for x, y in zip(a["noise"] + a["text"], b["noise"] + b["text"], strict=True))
-
-
-@pytest.fixture(scope="module")
-def grouped(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
-    """40 rows in three shards with row groups of 4; the last of each has fewer."""
-    return make_table(tmp_path_factory.mktemp("grouped"), (17, 13, 10), row_group_rows=4)
-
-
-@pytest.fixture
-def copied(grouped: SampleTable, tmp_path: Path) -> SampleTable:
-    """A copy of it that a test may damage."""
-    return SampleTable.open(str(shutil.copytree(grouped.uri, tmp_path / "table")))
+from .reading import Read, assert_same, embeddings_of, joined, reader, steps
 
 
 @pytest.fixture(scope="module")
@@ -220,132 +150,9 @@ def test_more_workers_than_rows_are_refused(grouped: SampleTable) -> None:
         opened.steps(0, global_batch_size=2, rank=0, workers=3)
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("read_", "decode_"))]
-
-
-def test_a_reader_that_is_closed_early_leaves_no_thread(grouped: SampleTable) -> None:
-    with reader(grouped, num_threads=3, prefetch_steps=4) as opened:
-        next(opened.steps(0, global_batch_size=40, rank=0, workers=1))
-        assert len([name for name in threads() if name.startswith("decode_")]) == 3
-    assert threads() == []
-    opened.close()
-
-
-def slow_down(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
-    """Makes every file take longer to open, as on a busy object store."""
-    at_once = storage.open_input
-
-    def open_input(uri: str, *, read_ahead: bool = True) -> Any:
-        time.sleep(delay_s)
-        return at_once(uri, read_ahead=read_ahead)
-
-    monkeypatch.setattr(storage, "open_input", open_input)
-
-
-def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the 60 row groups and more that 21 steps ahead need, 8 are being read, each in a second."""
-    opened = reader(grouped, shuffle_row_groups=1, prefetch_steps=10)
-    slow_down(monkeypatch, 0.5)
-    failures: list[BaseException] = []
-
-    def consume() -> None:
-        try:
-            next(opened.steps(0, global_batch_size=12, rank=0, workers=1))
-        except BaseException as failure:
-            failures.append(failure)
-
-    consumer = threading.Thread(target=consume)
-    consumer.start()
-    while len([name for name in threads() if name.startswith("read_")]) < 8:
-        time.sleep(0.01)
-    began_s = time.monotonic()
-    opened.close()
-    assert time.monotonic() - began_s < 4
-    consumer.join()
-    assert [type(failure).__name__ for failure in failures] == ["CancelledError"]
-    assert threads() == []
-
-
-def test_waiting_is_counted(grouped: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    with reader(grouped, shuffle_row_groups=20, prefetch_steps=1) as opened:
-        assert opened.wait_s == 0
-        slow_down(monkeypatch, 0.1)
-        found = opened.steps(0, global_batch_size=4, rank=0, workers=1)
-        began_s = time.monotonic()
-        next(found)
-        first_s = opened.wait_s
-        # A shard is opened, then its embeddings.
-        assert 0.2 <= first_s <= time.monotonic() - began_s
-        # One step is decoded ahead, and the rows of the one after it are read.
-        time.sleep(1)
-        next(found)
-        next(found)
-        assert opened.wait_s - first_s < 0.2
-
-
-def embeddings_of(table: SampleTable, index: int) -> Path:
-    return Path(EmbeddingStore.open(table, "minilm").uri_of(table.shards("ok")[index]))
-
-
-@pytest.mark.parametrize("prefetch_steps", [0, 4])
-def test_an_error_in_the_background_is_raised_by_the_step_that_needs_the_row(
-    copied: SampleTable, prefetch_steps: int
-) -> None:
-    """The steps before it are trained on as if nothing had been."""
-    with reader(copied, shuffle_row_groups=1) as opened:
-        found = opened.steps(0, global_batch_size=2, rank=0, workers=1)
-        whole = [next(found)[0].ids for _ in range(20)]
-    first_steps = []
-    for shard in copied.shards("ok"):
-        ids = set(copied.read(shard, ["id"])["id"].to_pylist())
-        first_steps.append(next(step for step, read in enumerate(whole) if ids & set(read)))
-    first_broken = max(first_steps)
-    assert first_broken > 1
-    path = embeddings_of(copied, first_steps.index(first_broken))
-    with reader(copied, shuffle_row_groups=1, prefetch_steps=prefetch_steps) as opened:
-        path.unlink()
-        found = opened.steps(0, global_batch_size=2, rank=0, workers=1)
-        assert [next(found)[0].ids for _ in range(first_broken)] == whole[:first_broken]
-        with pytest.raises(WorkError, match=r"can't be read: .*; delete it and run `mdm embed` again"):
-            next(found)
-    assert threads() == []
-
-
-def test_embeddings_of_other_rows_are_told(copied: SampleTable) -> None:
-    path = embeddings_of(copied, 0)
-    rows = pq.read_table(path, partitioning=None)
-    pq.write_table(rows.take([1, 0, *range(2, len(rows))]), path, row_group_size=4)
-    message = r"the embeddings of .* by minilm are of other rows: their ids differ in rows 0 to 3; delete .*run `mdm em"
-    with pytest.raises(WorkError, match=message):
-        steps(copied, 4)
-
-
 def test_row_groups_of_embeddings_may_be_others_than_the_shards(copied: SampleTable, alone: list[Read]) -> None:
     for index, size in enumerate((3, 100, 1)):
         path = embeddings_of(copied, index)
         pq.write_table(pq.read_table(path, partitioning=None), path, row_group_size=size)
     for whole, batches in zip(alone, steps(copied, 7, batch=13), strict=True):
         assert_same(whole, joined(list(batches)))
-
-
-def test_a_damaged_file_of_embeddings_is_named(copied: SampleTable) -> None:
-    path = embeddings_of(copied, 0)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(WorkError, match=rf"{path} can't be read: .*; delete it and run `mdm embed` again"):
-        steps(copied, 4)
-
-
-def test_a_picture_that_can_t_be_decoded_is_named(tmp_path: Path) -> None:
-    table = make_table(tmp_path, (6,), draw=lambda number: np.zeros((SIDE, SIDE, 3), np.uint8))
-    (shard,) = table.shards("ok")
-    path = Path(table.uri) / shard.path
-    rows = pq.read_table(path, partitioning=None)
-    images = rows["image"].to_pylist()
-    images[2] = images[2][:20]
-    column = rows.schema.get_field_index("image")
-    pq.write_table(rows.set_column(column, rows.schema.field(column), [images]), path)
-    one = rows["id"][2].as_py().hex()
-    message = rf"the picture of row {one} of {path} can't be decoded: .*; restore the file, or leave the row out"
-    with pytest.raises(WorkError, match=message):
-        steps(table, 1, batch=6)

@@ -208,3 +208,18 @@ def test_a_preview_shows_what_the_checkpoint_makes(unbroken: tuple[Path, list[di
     made = generator.generate_from_text(*text, noise_ids=[0], seed=3, guidance_scale=2.0, num_inference_steps=4)
     for side, level in zip((16, 8), made, strict=True):
         np.testing.assert_array_equal(shown["pictures"][side], level)
+
+
+@pytest.mark.parametrize("mask_text", [True, False])
+def test_a_batch_in_pieces_is_the_batch(table: SampleTable, tmp_path: Path, mask_text: bool) -> None:
+    """Whether or not attention sees the padding, which is longer where captions of other pieces are."""
+    values = run_config(table, tmp_path).model_dump(include={"model", "stages"})
+    values["model"]["networks"][1]["mask_text"] = mask_text
+    values["stages"][0]["images"] = 160
+    whole, *others = (
+        losses(train(run_config(table, tmp_path / str(size), **values, scaling={"micro_batch_size": size}), table))
+        for size in (None, 3, 1)
+    )
+    assert len(whole) == 12
+    for pieces in others:
+        assert pieces == pytest.approx(whole, rel=1e-6)

@@ -1,19 +1,24 @@
 """`train` on Ray, with real worker processes, and what MLflow shows of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
+from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines.data.table import SampleTable
 from pipelines.tracking import child_runs, metric_history
+from pipelines.train import pipeline
 from pipelines.train.checkpoint import open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.pipeline import TrainReport, train
 
-from .conftest import run_config
+from .conftest import WIDTH, run_config
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,8 @@ def test_another_run_is_not_continued(alone: tuple[TrainConfig, TrainReport]) ->
     ("changes", "message"),
     [
         ({"data": {"table": "{table}", "version": 99}}, "has no version 99; the latest is 2"),
+        ({"data": {"where": "widht > 3"}}, "names widht, which is no column to choose by; did you mean width"),
+        ({"data": {"where": "width > 99"}}, "is true of none of the 40 ok rows"),
         ({"text": {"encoder": "t5:small", "max_tokens": 8}}, "has no embeddings by t5:small; run `mdm embed"),
         ({"text": {"max_tokens": 16}}, "have max_tokens=8, wanted 16"),
         ({"scaling": {"workers": 8}}, "needs 8 CPUs at once, but the Ray cluster has 4"),
@@ -100,3 +107,35 @@ def test_gradients_that_are_not_finite_stop_the_run_and_say_where(
     config = run_config(table, tmp_path, stages=[stage], scaling={"workers": workers, "max_failures": 0})
     with pytest.raises(WorkError, match=r"the gradients of step \d+ are not finite .* lower the stage's lr"):
         train(config)
+
+
+class _Encoder:
+    """As wide as the table's embeddings."""
+
+    width = WIDTH
+
+    def encode(self, captions: Sequence[str]) -> list[NDArray[np.float16]]:
+        return [np.full((3, WIDTH), len(caption), np.float16) for caption in captions]
+
+
+def test_each_checkpoint_has_a_grid_of_pictures_in_mlflow(
+    ray_cluster: None, table: SampleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name, *, max_tokens: _Encoder())
+    stages = [{"resolution": 8, "images": 48, "global_batch_size": 8, "lr": 2e-3}]
+    preview = {"captions": ["red", "a blue one"], "num_inference_steps": 2}
+    # Previews are made when there is time for them, of checkpoints that are still there.
+    checkpoint = {"uri": str(tmp_path / "run"), "every_images": 16, "keep": 9}
+    scaling = {"workers": 2}
+    config = run_config(table, tmp_path, stages=stages, preview=preview, checkpoint=checkpoint, scaling=scaling)
+    report = train(config)
+    (stage,) = child_runs(config.tracking, report.run_id).values()
+    for run, key in ((report.run_id, "preview"), (stage, "preview_8")):
+        found = MlflowClient(config.tracking.uri).list_artifacts(run, "images")
+        names = sorted(file.path.split("+timestamp+")[0] for file in found if file.path.endswith(".png"))
+        assert names == [f"images/{key}+step+{images}" for images in (16, 32, 48)]
+    system = metric_history(config.tracking, report.run_id, "system/node-0/cpu_utilization_percentage")
+    assert [step for step, _ in system] == [16, 32, 48]
+    assert all(0 <= value <= 100 for _, value in system)
+    # Nothing of Ray's own is left in the run's folder.
+    assert not list((tmp_path / "run").glob("ray_train/*"))
