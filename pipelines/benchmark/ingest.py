@@ -68,16 +68,19 @@ def measure_ingest(config: TrainBenchmarkConfig, device: torch.device) -> dict[s
                 rounds.append(worker.ask("round", doing=f"in round {number + 1}"))
                 progress.advance(1)
     ratios = [one["in_memory_s"] / one["with_data_s"] for one in rounds]
-    data_s = sum(one["with_data_s"] for one in rounds)
+    total = {name: sum(one[name] for one in rounds) for name in rounds[0]}
+    num_steps = len(rounds) * config.steps
     return {
         "ingest_ratio": median(ratios),
         "ingest_ratios": ratios,
-        "data_wait_fraction": sum(one["wait_s"] for one in rounds) / data_s,
+        "data_wait_fraction": total["wait_s"] / total["with_data_s"],
         "with_data": {
-            "steps": len(rounds) * config.steps,
-            "step_s": data_s / len(rounds) / config.steps,
-            "in_memory_step_s": sum(one["in_memory_s"] for one in rounds) / len(rounds) / config.steps,
-            "images_per_s": config.batch * config.steps * len(rounds) / data_s,
+            "steps": num_steps,
+            "step_s": total["with_data_s"] / num_steps,
+            "in_memory_step_s": total["in_memory_s"] / num_steps,
+            "cpu_s": total["with_data_cpu_s"] / num_steps,
+            "in_memory_cpu_s": total["in_memory_cpu_s"] / num_steps,
+            "images_per_s": config.batch * num_steps / total["with_data_s"],
             "decoding_threads": _num_threads(config),
         },
     }
@@ -99,26 +102,34 @@ class Fed:
             self._training.step()
 
     def __call__(self, request: str) -> dict[str, float]:
-        """Seconds of one `round`: with the batch in memory, with data, and how long of these was waited for data."""
+        """Seconds of one `round`: with the batch in memory, with data, how long of these was waited for data, and the
+        processor time of all threads.
+        """
         assert request == "round"
-        in_memory_s = self._timed(self._training.step)
+        in_memory_s, in_memory_cpu_s = self._timed(self._training.step)
         with self._reader() as reader:
             steps = self._steps(reader)
             for _ in range(_SETTLING_STEPS):
                 self._training.train_on(next(steps))
             before_s = reader.wait_s
-            with_data_s = self._timed(lambda: self._training.train_on(next(steps)))
+            with_data_s, with_data_cpu_s = self._timed(lambda: self._training.train_on(next(steps)))
             wait_s = reader.wait_s - before_s
         self._next_step += _SETTLING_STEPS + self._config.steps
-        return {"in_memory_s": in_memory_s, "with_data_s": with_data_s, "wait_s": wait_s}
+        return {
+            "in_memory_s": in_memory_s,
+            "in_memory_cpu_s": in_memory_cpu_s,
+            "with_data_s": with_data_s,
+            "with_data_cpu_s": with_data_cpu_s,
+            "wait_s": wait_s,
+        }
 
-    def _timed(self, step: Callable[[], None]) -> float:
+    def _timed(self, step: Callable[[], None]) -> tuple[float, float]:
         self._synchronize()
-        began_s = time.perf_counter()
+        began_s, cpu_began_s = time.perf_counter(), time.process_time()
         for _ in range(self._config.steps):
             step()
         self._synchronize()
-        return time.perf_counter() - began_s
+        return time.perf_counter() - began_s, time.process_time() - cpu_began_s
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

@@ -84,6 +84,8 @@ def test_pictures_from_a_table_are_set_beside_a_batch_in_memory(capsys):
     assert result["ingest_ratio"] == sorted(result["ingest_ratios"])[1]
     assert min(result["ingest_ratios"]) <= fed["in_memory_step_s"] / fed["step_s"] <= max(result["ingest_ratios"])
     assert fed["images_per_s"] == pytest.approx(1 / fed["step_s"])
+    # On one thread a step takes no more of the processor than of the clock.
+    assert 0 < fed["in_memory_cpu_s"] <= 1.1 * fed["in_memory_step_s"]
     # What is waited for is a part of the step, and taking it is no step.
     assert 0 < result["data_wait_fraction"] < 1
     assert f"{result['ingest_ratio']:.1%} of the rate with pictures from a table" in err
