@@ -7,9 +7,10 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed
 
 from mdm_core.errors import MdmError
-from pipelines.train.checkpoint import latest_checkpoint
+from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, read_manifest
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.run_lock import take_fence
 from pipelines.train.stage import Place, Post, RunContext, StageRun
@@ -41,7 +42,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 def train_stages(context: RunContext, *, place: Place, post: Post) -> None:
     """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
     with _writer(context) if place.rank == 0 else contextlib.nullcontext() as writer:
-        start = latest_checkpoint(context.config.checkpoint.uri)
+        start = _agreed_start(context.config.checkpoint.uri, place)
         first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
         inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
         for index in range(first, len(context.config.stages)):
@@ -53,6 +54,18 @@ def train_stages(context: RunContext, *, place: Place, post: Post) -> None:
             elif inner is not None:
                 stage.grow_from(inner)
             inner = stage.run()
+
+
+def _agreed_start(run_uri: str, place: Place) -> Checkpoint | None:
+    """The newest checkpoint as rank 0 sees it, once nobody else can add any; the others take its word for it."""
+    start = latest_checkpoint(run_uri) if place.rank == 0 else None
+    if place.workers == 1:
+        return start
+    said = [None if start is None else start.uri]
+    torch.distributed.broadcast_object_list(said, src=0, device=place.device)
+    if place.rank == 0 or said[0] is None:
+        return start
+    return Checkpoint(said[0], read_manifest(said[0]))
 
 
 def _writer(context: RunContext) -> CheckpointWriter:
