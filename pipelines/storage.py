@@ -193,13 +193,18 @@ def create(uri: str, data: bytes) -> bool:
         WorkError: It could not be written.
     """
     _check_writable(uri)
-    filesystem, path = open_uri(uri)
     error: OSError | None = None
     try:
         if _scheme(uri) == "file":
-            _local_path(uri).parent.mkdir(parents=True, exist_ok=True)
-        with as_os_error():
-            filesystem.pipe_file(path, data, mode="create")
+            path = _local_path(uri)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # fsspec looks whether there is a file, and then writes one.
+            with path.open("xb") as file:
+                file.write(data)
+        else:
+            filesystem, name = open_uri(uri)
+            with as_os_error():
+                filesystem.pipe_file(name, data, mode="create")
     except OSError as raised:
         # Another's file is an error that servers name differently; so is ours, when its answer was lost.
         error = raised

@@ -68,6 +68,8 @@ class Manifest:
     """loss_first, loss_last, images_per_s, and seconds of this stage."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each other file of the checkpoint."""
+    selection: str = ""
+    """Digest of the rows that are trained on; checkpoints from before it was kept have none."""
     prediction_type: PredictionType = "v"
     """What the network answers; checkpoints from before there was a choice have v."""
     initial_weights: dict[str, str] | None = None

@@ -3,8 +3,9 @@
 `RUN/stage-0/ema/images-000000032000/` holds a model file for each of `EMA_LENGTHS`, as `ema-0.05.safetensors`, and a
 manifest like a checkpoint's. They are never pruned.
 
-They are float16, as in the paper: half the room, and a rounding error of 2^-12 of each weight, which a combination of
-snapshots multiplies by the root of the sum of its squared weights, hardly more than 1. A tensor with a number beyond
+They are float16, as in the paper, which halves their room and rounds each weight by 2^-12 of it at most. In a
+combination of snapshots that grows by the root of the sum of its squared coefficients: not at all for lengths from 0.05
+on, six times for 0.03, eighteen times for 0.02 (of 100 snapshots); `mdm ema` says it. A tensor with a number beyond
 float16's range stays float32.
 """
 

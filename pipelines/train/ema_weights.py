@@ -13,6 +13,7 @@ from pipelines.train.tensor_files import write_tensors
 
 log = logging.getLogger(__name__)
 
+_ROUNDING = 2.0**-12
 _TRIED_LENGTHS = [number / 200 for number in range(1, 56)]
 
 
@@ -34,6 +35,8 @@ class EmaReport:
     """Damaged ones, and what is wrong with each."""
     error: float
     """Distance of its profile from the one that was asked for, as a share of that one's norm; 0 for a stored one."""
+    rounding: float
+    """What the snapshots' float16 makes of a weight, as a share of it: rounding errors of 2^-12, added like noise."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object of `--json`."""
@@ -69,7 +72,7 @@ def rebuild_ema(
     stored = [_Stored(s, each) for s in found if s.manifest.images_seen <= end for each in lengths_of(s)]
     left_out: list[str] = []
     while True:
-        error = _fit(stored, length, images, max_error, left_out, where=f"stage {stage} of {run_uri}")
+        error, gain = _fit(stored, length, images, max_error, left_out, where=f"stage {stage} of {run_uri}")
         try:
             weights = reconstruct([each.snapshot() for each in stored], length, images, max_error=float("inf"))
             break
@@ -86,6 +89,7 @@ def rebuild_ema(
         snapshots=len(stored),
         left_out=tuple(left_out),
         error=error,
+        rounding=gain * _ROUNDING,
     )
 
 
@@ -134,22 +138,22 @@ def _snapshots_of(run_uri: str, stage: int | None) -> tuple[int, list[Checkpoint
 
 def _fit(
     stored: Sequence[_Stored], length: float, images: int, max_error: float, left_out: Sequence[str], *, where: str
-) -> float:
-    """The error of the combination that comes closest; raises where it is too large."""
+) -> tuple[float, float]:
+    """The error of the combination that comes closest, and its gain of noise; raises where the error is too large."""
     kind: type[MdmError] = CheckpointError if left_out else ConfigError
     without = f" once {len(left_out)} damaged ones are left out" if left_out else ""
     if not stored or stored[-1].images < images:
         raise kind(f"{where} has no snapshot of {images} images or more{without}; ask for fewer images")
     if any((each.images, each.length) == (images, length) for each in stored):
-        return 0.0
-
-    def error_of(length: float) -> float:
-        steps, lengths = [each.images for each in stored], [each.length for each in stored]
-        return reconstruction_weights(steps, lengths, relative_length=length, step=images)[1]
-
-    if (error := error_of(length)) <= max_error:
-        return error
-    possible = [tried for tried in _TRIED_LENGTHS if error_of(tried) <= max_error]
+        return 0.0, 1.0
+    steps, lengths = [each.images for each in stored], [each.length for each in stored]
+    weights, error = reconstruction_weights(steps, lengths, relative_length=length, step=images)
+    if error <= max_error:
+        return error, float((weights**2).sum() ** 0.5)
+    errors = {
+        tried: reconstruction_weights(steps, lengths, relative_length=tried, step=images)[1] for tried in _TRIED_LENGTHS
+    }
+    possible = [tried for tried, error_there in errors.items() if error_there <= max_error]
     fix = f"lengths from {possible[0]} to {possible[-1]} can be made" if possible else "no length can be made"
     raise kind(
         f"the {len(stored)} snapshots of {where}{without} give an average of length {length} at {images} images with "

@@ -72,7 +72,9 @@ def train(config: TrainConfig) -> TrainReport:
     cluster.connect(
         min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
     )
-    tags = {"table": table.uri, "table_version": table.version}
+    tags = {"table": table.uri, "table_version": table.version, "rows": selection.num_rows}
+    if start is not None and start.passed_over:
+        tags["checkpoints_passed_over"] = "\n".join(start.passed_over)
     key = _key(config, table)
     lock = RunLock(config.checkpoint.uri)
     with lock, open_run(config.tracking, name=config.name, key=key, tags=tags) as run:

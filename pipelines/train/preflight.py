@@ -56,6 +56,12 @@ def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTab
     version = None if config.data.version == "latest" else config.data.version
     table = SampleTable.open(config.data.table, start.manifest.table_version if start is not None else version)
     selection = select_rows(table, config.data.where)
+    if start is not None and start.manifest.selection not in ("", selection.digest):
+        raise ConfigError(
+            f"data.where={config.data.where!r} does not choose the rows of {table.uri} at version {table.version} that "
+            f"{start.uri} was trained on: files of the table have changed; restore them, or give the run another "
+            "checkpoint.uri"
+        )
     store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
     config.model.matryoshka(store.width)
     return table, store, selection

@@ -71,6 +71,7 @@ class StageRun:
         self.config, self.stage = context.config, context.config.stages[index]
         self.table = SampleTable.open(self.config.data.table, context.table_version)
         self.store = EmbeddingStore.open(self.table, self.config.text.encoder, max_tokens=self.config.text.max_tokens)
+        self.selection = context.selection or select_rows(self.table, self.config.data.where)
         self.networks = self.config.model.matryoshka(self.store.width).up_to(self.stage.resolution)
         self.schedule = self.config.model.noise_schedule()
         self.metrics: dict[str, float] = {}
@@ -228,7 +229,7 @@ class StageRun:
         return BatchReader(
             self.table,
             self.store,
-            self.context.selection or select_rows(self.table, data.where),
+            self.selection,
             resolutions=self.networks.resolutions,
             seed=self.config.seed,
             stage=self.index,
@@ -284,6 +285,7 @@ class StageRun:
             "steps_skipped": num_skipped,
             "data_wait_fraction": means.waited_s / means.seconds,
             "workers": self.place.workers,
+            "checkpoint_blocked_s": self.writer.blocked_s if self.writer is not None else 0.0,
             **self._speed.metrics(means.steps * self.stage.global_batch_size / means.seconds),
         }
         self.hooks.post({"stage": self.index, "images": self.images_seen, "metrics": shown})
@@ -322,6 +324,7 @@ class StageRun:
             config=self.config.model_dump(mode="json"),
             table_uri=self.table.uri,
             table_version=self.table.version,
+            selection=self.selection.digest,
             text_encoder=self.config.text.encoder,
             max_tokens=self.config.text.max_tokens,
             run_id=self.context.run_id,

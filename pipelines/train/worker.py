@@ -13,7 +13,7 @@ from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
 from mdm_core.errors import MdmError
 from pipelines.tracking import SystemMetrics
-from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
+from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, read_manifest
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.finite import AgreedError
 from pipelines.train.hooks import Hooks
@@ -49,7 +49,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
     """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
     with _writer(context) if place.rank == 0 else contextlib.nullcontext() as writer:
-        start = _start(context, place)
+        start = _agreed_start(context.config.checkpoint.uri, place)
         first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
         inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
         for index in range(first, len(context.config.stages)):
@@ -63,14 +63,16 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
             inner = stage.run()
 
 
-def _start(context: RunContext, place: Place) -> Checkpoint | None:
-    """The checkpoint that all workers go on from: the one that rank 0 finds."""
+def _agreed_start(run_uri: str, place: Place) -> Checkpoint | None:
+    """The newest checkpoint as rank 0 sees it, once nobody else can add any; the others take its word for it."""
+    start = latest_checkpoint(run_uri) if place.rank == 0 else None
     if place.workers == 1:
-        return latest_checkpoint(context.config.checkpoint.uri)
-    found = latest_checkpoint(context.config.checkpoint.uri) if place.rank == 0 else None
-    uri = [None if found is None else found.uri]
-    torch.distributed.broadcast_object_list(uri)
-    return found if found is not None or uri[0] is None else open_checkpoint(uri[0])
+        return start
+    said = [None if start is None else start.uri]
+    torch.distributed.broadcast_object_list(said, src=0, device=place.device)
+    if place.rank == 0 or said[0] is None:
+        return start
+    return Checkpoint(said[0], read_manifest(said[0]))
 
 
 def _writer(context: RunContext) -> CheckpointWriter:

@@ -1,6 +1,7 @@
 """Checkpoints that are one file: published ones, ours, and those of a run's folder on their own."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from mdm_core.nested_unet import build_network
 from mdm_core.noise_schedule import NoiseSchedule
 from mdm_core.presets import PRESETS, Preset
 from mdm_core.samplers import Sampling, sample
-from pipelines import storage
 from pipelines.sample import models
 from pipelines.sample.generator import Generator, Options, Pictures
 from pipelines.sample.noise import PictureNoise
 from pipelines.sample.published import published_shape
 from pipelines.train.checkpoint import Checkpoint, Manifest
 from pipelines.train.checkpoint_writer import save_checkpoint
+from tests.pipelines.s3_server import S3Server
 
 from .conftest import WIDTH, embedding, random_network, small_config
 
@@ -259,26 +260,18 @@ def test_a_manifest_from_before_there_was_a_choice_means_v(checkpoint: Checkpoin
 
 
 def test_a_file_on_object_storage_is_copied_for_the_time_of_loading(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bucket: str, s3_server: S3Server
 ) -> None:
-    save_model(
-        tmp_path / "model.safetensors",
-        random_network(small_config()),
-        schedule=NoiseSchedule(num_timesteps=80),
-        prediction_type="v",
-    )
-    copies: list[Path] = []
-
-    class Bucket:
-        def get_file(self, path: str, copy: str) -> None:
-            assert path == "bucket/some/model.safetensors"
-            copies.append(Path(copy))
-            copies[0].write_bytes((tmp_path / "model.safetensors").read_bytes())
-
-    monkeypatch.setattr(storage, "open_uri", lambda uri: (Bucket(), uri.removeprefix("s3://")))
-    model = models.load("s3://bucket/some/model.safetensors", weights="ema", encoder="words")
-    assert not copies[0].exists()
-    for key, value in random_network(small_config()).state_dict().items():
+    local = tmp_path / "model.safetensors"
+    network = random_network(small_config())
+    save_model(local, network, schedule=NoiseSchedule(num_timesteps=80), prediction_type="v")
+    s3_server.filesystem().pipe_file(f"{bucket}/some/model.safetensors", local.read_bytes())
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
+    model = models.load(f"{bucket}/some/model.safetensors", weights="ema", encoder="words")
+    assert list(copies.iterdir()) == []
+    for key, value in network.state_dict().items():
         assert torch.equal(model.network.state_dict()[key], value)
     assert model.text.max_tokens == 128
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from jobs.__main__ import main
 from mdm_core.ema import PowerEmaTracker, power_exponent, reconstruction_weights
+from mdm_core.errors import ConfigError
 from mdm_core.model_file import load_model
 from mdm_core.nested_unet import build_network
+from pipelines import storage
 from pipelines.data.table import SampleTable
 from pipelines.sample.generator import Generator
 from pipelines.train.checkpoint import checkpoint_uri, open_checkpoint
@@ -24,6 +26,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.ema_snapshots import EMA_LENGTHS, list_snapshots, snapshot_name, to_stored
 from pipelines.train.ema_weights import rebuild_ema
 from pipelines.train.hooks import Hooks
+from pipelines.train.pipeline import train
 from pipelines.train.place import Place
 from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_stages
@@ -96,6 +99,7 @@ def test_any_length_is_the_average_kept_while_training(line: Line, tmp_path: Pat
     )
     assert report.error == pytest.approx(error)
     assert report.snapshots == len(steps)
+    assert report.rounding == pytest.approx(np.linalg.norm(shares) / 4096)
     wanted = np.diff((np.arange(step + 1) / step) ** (power_exponent(length) + 1))
     # Cauchy and Schwarz: profiles at a distance d give a straight line's mean step to d · |s - mean s|.
     mean_step_off = 1.1 * error * np.linalg.norm(wanted) * np.sqrt(step**3 / 12)
@@ -220,3 +224,13 @@ def test_a_run_that_died_keeps_the_same_snapshots_to_the_bit(table: SampleTable,
     assert made[0].keys() == made[1].keys()
     assert {images for images, *_ in made[0]} == {8, 16, 24, 32, 40, 48}
     assert [key for key, value in made[0].items() if not torch.equal(made[1][key], value)] == []
+
+
+def test_snapshots_are_kept_from_the_beginning_of_a_stage_or_not_at_all(table: SampleTable, tmp_path: Path) -> None:
+    stages = [{"resolution": 8, "images": 48, "global_batch_size": 8, "lr": 2e-3}]
+    config = run_config(table, tmp_path, stages=stages)
+    train_stages(RunContext(config, table.version, "run"), place=Place(), hooks=Hooks())
+    storage.delete(checkpoint_uri(config.checkpoint.uri, stage=0, images_seen=48))
+    asked = config.checkpoint.model_copy(update={"ema_snapshots_every_images": 8})
+    with pytest.raises(ConfigError, match=r"ema_snapshots_every_images=8, but stage 0 of .* began without averages"):
+        train(config.model_copy(update={"checkpoint": asked}))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,11 +262,15 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_workers_thaw_the_network_as_one_does(table: SampleTable, tmp_path: Path, freezing: TrainConfig) -> None:
+    """They go on from a checkpoint that one worker made."""
     config = frozen(table, tmp_path, 20, scaling={"workers": 2})
+    shutil.copytree(freezing.checkpoint.uri, config.checkpoint.uri)
+    for images in (24, 32, 40, 48):
+        storage.delete(checkpoint_uri(config.checkpoint.uri, stage=1, images_seen=images))
     words = [str(table.version), str(tmp_path / "meeting"), json.dumps(config.model_dump(mode="json"))]
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *words]) for rank in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    begin, ours, theirs = weights_at(freezing, 8), weights_at(config, 48), weights_at(freezing, 48)
+    begin, ours, theirs = weights_at(freezing, 16), weights_at(config, 48), weights_at(freezing, 48)
     distance, moved = 0.0, 0.0
     for name, value in theirs.items():
         distance += float((ours[name] - value).square().sum())

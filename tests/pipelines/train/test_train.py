@@ -17,6 +17,7 @@ from pipelines.train import pipeline
 from pipelines.train.checkpoint import open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.pipeline import TrainReport, train
+from pipelines.train.run_lock import RunLock
 
 from .conftest import WIDTH, run_config
 
@@ -68,6 +69,15 @@ def test_another_run_is_not_continued(alone: tuple[TrainConfig, TrainReport]) ->
     changed = config.model_copy(update={"seed": 5, "text": config.text.model_copy(update={"drop_prob": 0.5})})
     with pytest.raises(ConfigError, match=r"holds a run with another seed, text; .* another checkpoint\.uri"):
         train(changed)
+
+
+def test_a_run_in_progress_is_not_joined(ray_cluster: None, table: SampleTable, tmp_path: Path) -> None:
+    config = run_config(table, tmp_path)
+    with (
+        RunLock(config.checkpoint.uri),
+        pytest.raises(ConfigError, match=r"being written to by process \d+ of .* can't share"),
+    ):
+        train(config)
 
 
 @pytest.mark.parametrize(
