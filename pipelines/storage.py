@@ -83,9 +83,14 @@ def one_line(error: Exception) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Returns whether there is a file or a folder at `uri`."""
+    """Returns whether there is a file or a folder at `uri`.
+
+    Raises:
+        WorkError: The server does not answer as it should, which says nothing of what is there.
+    """
     filesystem, path = open_uri(uri)
-    return bool(filesystem.exists(path))
+    with _told("look at", uri):
+        return bool(filesystem.exists(path))
 
 
 def fingerprint(uri: str) -> str:
@@ -96,13 +101,12 @@ def fingerprint(uri: str) -> str:
     filesystem, path = open_uri(uri)
     # What was listed before is what is asked about.
     filesystem.invalidate_cache()
-    if _scheme(uri) == "http":
-        with as_os_error():
-            info = filesystem.info(path)
-        return _digest([info.get(field) for field in _HTTP_VERSION])
     if _is_pattern(uri):
         return _digest(sorted(_matches(uri).items()))
-    return str(filesystem.ukey(path))
+    with as_os_error():
+        if _scheme(uri) == "http":
+            return _digest([filesystem.info(path).get(field) for field in _HTTP_VERSION])
+        return str(filesystem.ukey(path))
 
 
 def expand(uri: str) -> list[str]:
@@ -220,19 +224,27 @@ def list_files(uri: str) -> list[str]:
     """Returns the URIs of all files under the folder `uri`, at any depth, sorted; none if there is no such folder.
 
     Files that `write_bytes_atomic` has not finished are left out.
+
+    Raises:
+        WorkError: The server does not answer as it should.
     """
     filesystem, path = open_uri(uri)
     prefix = "s3://" if _scheme(uri) == "s3" else ""
+    with _told("list the files of", uri):
+        found = filesystem.find(path)
     # Some S3 servers tell of an empty folder as if it were a file.
-    found = (file for file in filesystem.find(path) if file != path and not file.endswith(TEMPORARY_SUFFIX))
-    return sorted(prefix + file for file in found)
+    return sorted(prefix + file for file in found if file != path and not file.endswith(TEMPORARY_SUFFIX))
 
 
 def delete(uri: str) -> None:
-    """Deletes the file or the whole folder at `uri`; nothing there is no error."""
+    """Deletes the file or the whole folder at `uri`; nothing there is no error.
+
+    Raises:
+        WorkError: It could not be deleted, or not all of it.
+    """
     _check_writable(uri)
     filesystem, path = open_uri(uri)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError), _told("delete", uri):
         filesystem.rm(path, recursive=True)
 
 
@@ -240,10 +252,14 @@ def delete_unfinished(uri: str, *, older_than_s: float, now_s: float) -> int:
     """Deletes what writers killed in the middle left under the folder `uri`, and returns how many files.
 
     On object storage they are the parts of large files whose upload was cut; a put that was cut leaves nothing.
+
+    Raises:
+        WorkError: The server does not answer as it should.
     """
     if _scheme(uri) == "s3":
         filesystem, folder = open_uri(uri)
-        return s3.abort_uploads(filesystem, folder, before_s=now_s - older_than_s)
+        with _told("look for unfinished files in", uri):
+            return s3.abort_uploads(filesystem, folder, before_s=now_s - older_than_s)
     if _scheme(uri) != "file" or not _local_path(uri).is_dir():
         return 0
     num_deleted = 0
@@ -256,9 +272,27 @@ def delete_unfinished(uri: str, *, older_than_s: float, now_s: float) -> int:
 
 
 def modified_s(uri: str) -> float:
-    """Returns when the file at `uri` was last written, in seconds since 1970."""
+    """Returns when the file at `uri` was last written, in seconds since 1970.
+
+    Raises:
+        FileNotFoundError: There is none.
+        WorkError: The server does not answer as it should.
+    """
     filesystem, path = open_uri(uri)
-    return float(filesystem.modified(path).timestamp())
+    with _told("look at", uri):
+        return float(filesystem.modified(path).timestamp())
+
+
+@contextlib.contextmanager
+def _told(what: str, uri: str) -> Iterator[None]:
+    """Raises any error but a missing file as a WorkError that says what could not be done."""
+    try:
+        with as_os_error():
+            yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise WorkError(f"could not {what} {uri}: {one_line(error)}; mend it and run again") from error
 
 
 def _scheme(uri: str) -> str:
@@ -300,7 +334,8 @@ def _is_pattern(uri: str) -> bool:
 
 def _matches(uri: str) -> dict[str, Any]:
     filesystem, path = open_uri(uri)
-    return {found: info for found, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"}
+    with as_os_error():
+        return {found: info for found, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"}
 
 
 def _digest(value: object) -> str:

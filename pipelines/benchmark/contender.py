@@ -198,6 +198,7 @@ def synthetic_batch(config: TrainBenchmarkConfig, networks: MatryoshkaConfig) ->
         timestep=torch.randint(0, 1000, (rows,), generator=generator),
         noise=[torch.randn(rows, 3, r, r, generator=generator) for r in networks.resolutions],
         ids=[bytes([row % 256]) * 16 for row in range(rows)],
+        rows_per_resolution=(rows,) * len(networks.resolutions),
     )
 
 

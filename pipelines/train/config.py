@@ -60,6 +60,9 @@ class StageConfig(Config):
     """Whether the learning rate falls to 0 at the end of the stage."""
     resolution_weights: tuple[float, ...] | None = None
     """Weight of each resolution's loss, finest first; all 1 if empty."""
+    resolution_mix: tuple[float, ...] | None = None
+    """Share of each batch's images that each resolution is trained on, finest first, as in [0.5, 1]: the others cost no
+    more than in the stage before. All of them if empty."""
     loss_weighting: LossWeighting = "eps"
     """Whose plain squared error is meant, whatever the networks answer: eps, the published one, v or x0; min_snr is
     that of x0 times min(SNR, min_snr_gamma)."""
@@ -214,6 +217,7 @@ class TrainConfig(Config):
                     f"{self.stages[index - 1].resolution}; the networks are {resolutions}"
                 )
             self._check_batch(where, stage.global_batch_size)
+            self._check_mix(where, stage, num_resolutions=len(resolutions) - resolutions.index(stage.resolution))
             count = len(resolutions) - resolutions.index(stage.resolution)
             if stage.freeze_inner_images and count == 1:
                 raise ValueError(
@@ -242,6 +246,22 @@ class TrainConfig(Config):
             raise ValueError(
                 f"{where}.global_batch_size={batch} must be divisible by scaling.workers={workers}; "
                 f"try {lower or workers} or {lower + workers}"
+            )
+
+    @staticmethod
+    def _check_mix(where: str, stage: StageConfig, *, num_resolutions: int) -> None:
+        mix = stage.resolution_mix
+        if mix is None:
+            return
+        if len(mix) != num_resolutions or mix[-1] != 1 or list(mix) != sorted(mix) or mix[0] <= 0:
+            raise ValueError(
+                f"{where}.resolution_mix={list(mix)} must have {num_resolutions} shares above 0, finest first, none "
+                "smaller than the one before it, and end in 1: the innermost network trains on every image"
+            )
+        if round(mix[0] * stage.global_batch_size) < 1:
+            raise ValueError(
+                f"{where}.resolution_mix={list(mix)} leaves {stage.resolution} px without an image in a batch of "
+                f"{stage.global_batch_size}; use a larger share or batch"
             )
 
     def _check_levels(self) -> None:

@@ -25,6 +25,7 @@ from pipelines.train.ema_snapshots import EMA_LENGTHS
 from pipelines.train.finite import FiniteCheck
 from pipelines.train.hooks import Hooks
 from pipelines.train.ingest.batch import Batch
+from pipelines.train.ingest.mix import rows_per_step
 from pipelines.train.ingest.reader import BatchReader
 from pipelines.train.ingest.selection import Selection, select_rows
 from pipelines.train.initial import InitialFile, begin_from, read_initial_weights
@@ -167,7 +168,7 @@ class StageRun:
 
     @functools.cached_property
     def _objective(self) -> dict[str, Any]:
-        resolutions = self.networks.resolutions
+        resolutions, mix, batch = self.networks.resolutions, self.stage.resolution_mix, self.stage.global_batch_size
         return {
             "alpha_bars": self.schedule.alpha_bars(resolutions).to(self.place.device),
             "resolutions": resolutions,
@@ -176,6 +177,7 @@ class StageRun:
             "min_snr_gamma": self.stage.min_snr_gamma,
             "divisors": self.schedule.signal_divisors(resolutions),
             "prediction_type": self.config.model.prediction_type,
+            "row_shares": None if mix is None else [n / batch for n in rows_per_step(mix, batch)],
         }
 
     @property
@@ -236,6 +238,7 @@ class StageRun:
             num_timesteps=self.config.model.num_timesteps,
             max_tokens=self.config.text.max_tokens,
             fill_text=not self.networks.networks[-1].mask_text,
+            resolution_mix=self.stage.resolution_mix,
             drop_prob=self.config.text.drop_prob,
             flip=data.flip,
             crop=data.crop,

@@ -93,8 +93,9 @@ def losses(
     min_snr_gamma: float = 5.0,
     divisors: Sequence[float] | None = None,
     prediction_type: PredictionType = "v",
+    row_shares: Sequence[float] | None = None,
 ) -> Tensor:
-    """(R, B): the weighted loss of each resolution and row of a batch.
+    """(R, B): the weighted loss of each resolution and row of a batch, 0 for rows that a resolution is not trained on.
 
     Args:
         network: Predicts what `prediction_type` says; plain, or wrapped for several workers.
@@ -106,14 +107,22 @@ def losses(
         min_snr_gamma: See `matryoshka_loss`.
         divisors: What each resolution's pictures are divided by (`NoiseSchedule.signal_divisors`); None is 1.
         prediction_type: What the network answers.
+        row_shares: Part of the rows of all workers that each resolution is trained on; those of this batch if None.
     """
-    x0 = build_pyramid(batch.x0.float() / 127.5 - 1, resolutions)
+    # Workers wait for each gradient. Where a resolution has no row here, a copy of the first row stands ahead of all,
+    # for nothing; a row itself can't, as the networks inside see what those outside make of it.
+    is_filled = 0 in batch.rows_per_resolution
+    if is_filled:
+        batch = batch.with_copy_of_first_row()
+    counts = batch.rows_per_resolution
+    x0 = [x[:count] for x, count in zip(build_pyramid(batch.x0.float() / 127.5 - 1, resolutions), counts, strict=True)]
+    noise = [level[:count] for level, count in zip(batch.noise, counts, strict=True)]
     pairs = training_pairs(
-        x0, batch.noise, batch.timestep, alpha_bars=alpha_bars, divisors=divisors, prediction_type=prediction_type
+        x0, noise, batch.timestep, alpha_bars=alpha_bars, divisors=divisors, prediction_type=prediction_type
     )
     x_t = [x.contiguous(memory_format=torch.channels_last) for x in pairs.x_t]
     outputs = network(x_t, batch.timestep, batch.text_emb, batch.text_mask)
-    return matryoshka_loss(
+    rows = matryoshka_loss(
         pairs.targets,
         outputs,
         pairs.alpha_bar,
@@ -121,7 +130,9 @@ def losses(
         prediction_type=prediction_type,
         weighting=weighting,
         min_snr_gamma=min_snr_gamma,
+        row_shares=row_shares,
     )
+    return rows[:, 1:] + rows[:, :1] * 0 if is_filled else rows
 
 
 def optimizer_step(state: TrainState, *, lr: float, max_grad_norm: float) -> Tensor:

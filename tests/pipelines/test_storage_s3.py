@@ -96,6 +96,19 @@ def test_requests_that_fail_for_ever_are_one_message(
         storage.write_bytes_atomic(f"{bucket}/x", b"2")
     with pytest.raises(OSError, match=proxy.endpoint):
         storage.open_input(f"{bucket}/x")
+    with pytest.raises(OSError, match=proxy.endpoint):
+        storage.fingerprint(f"{bucket}/x")
+    for work, what in (
+        (storage.exists, "look at"),
+        (storage.modified_s, "look at"),
+        (storage.list_files, "list the files of"),
+        (storage.delete, "delete"),
+        (lambda uri: storage.delete_unfinished(uri, older_than_s=0, now_s=0), "look for unfinished files in"),
+    ):
+        with pytest.raises(
+            WorkError, match=rf"could not {what} {bucket}/x: .*{proxy.endpoint}.*; mend it and run again"
+        ):
+            work(f"{bucket}/x")
 
 
 @pytest.mark.parametrize(

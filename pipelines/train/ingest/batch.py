@@ -28,6 +28,8 @@ class Batch:
     """One (B, 3, r, r) a resolution, finest first, standard normal, channels last in memory."""
     ids: list[bytes]
     """Ids of the rows."""
+    rows_per_resolution: tuple[int, ...]
+    """Rows that each resolution is trained on, finest first: the first ones of the batch."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; from pinned memory it is copied while the caller goes on."""
@@ -42,6 +44,23 @@ class Batch:
             timestep=moved(self.timestep),
             noise=[moved(level) for level in self.noise],
             ids=self.ids,
+            rows_per_resolution=self.rows_per_resolution,
+        )
+
+    def with_copy_of_first_row(self) -> "Batch":
+        """The same rows behind one more, which is the first of them and has every resolution."""
+
+        def longer(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:1], tensor])
+
+        return Batch(
+            x0=longer(self.x0),
+            text_emb=longer(self.text_emb),
+            text_mask=longer(self.text_mask),
+            timestep=longer(self.timestep),
+            noise=[longer(level) for level in self.noise],
+            ids=[self.ids[0], *self.ids],
+            rows_per_resolution=tuple(count + 1 for count in self.rows_per_resolution),
         )
 
 

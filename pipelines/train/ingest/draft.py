@@ -34,10 +34,18 @@ class Draft:
     """A batch to be; its row groups are being read from the beginning."""
 
     def __init__(
-        self, rows: StepRows, timesteps: NDArray[np.int64], *, source: RowGroupSource, draws: Draws, shape: BatchShape
+        self,
+        rows: StepRows,
+        timesteps: NDArray[np.int64],
+        *,
+        rows_per_resolution: tuple[int, ...],
+        source: RowGroupSource,
+        draws: Draws,
+        shape: BatchShape,
     ) -> None:
         """Takes the rows and their timesteps, where they are read, what is drawn for them, and what they become."""
         self._rows, self._draws, self._shape = rows, draws, shape
+        self._rows_per_resolution = rows_per_resolution
         self._stored = [source[int(group)] for group in rows.group]
         self._timestep = torch.from_numpy(timesteps)
         self._ids: list[bytes] = [b""] * len(rows)
@@ -82,4 +90,5 @@ class Draft:
             timestep=self._timestep.pin_memory() if shape.pin_memory else self._timestep,
             noise=[level.permute(0, 3, 1, 2) for level in self._noise],
             ids=self._ids,
+            rows_per_resolution=self._rows_per_resolution,
         )

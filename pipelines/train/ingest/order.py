@@ -25,7 +25,7 @@ class StepRows:
     def __len__(self) -> int:
         return len(self.number)
 
-    def __getitem__(self, part: slice) -> "StepRows":
+    def __getitem__(self, part: slice | Numbers) -> "StepRows":
         return StepRows(self.number[part], self.group[part], self.row[part])
 
 

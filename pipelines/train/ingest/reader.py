@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mdm_core.errors import ConfigError
@@ -20,6 +21,7 @@ from pipelines.embed.store import EmbeddingStore
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.ingest.draft import BatchShape, Draft
 from pipelines.train.ingest.draws import Crop, Draws
+from pipelines.train.ingest.mix import num_resolutions
 from pipelines.train.ingest.order import CanonicalOrder
 from pipelines.train.ingest.selection import Selection
 from pipelines.train.ingest.source import RowGroupSource
@@ -46,6 +48,7 @@ class BatchReader:
         num_timesteps: int,
         max_tokens: int,
         fill_text: bool = False,
+        resolution_mix: tuple[float, ...] | None = None,
         drop_prob: float = 0.0,
         flip: bool = False,
         crop: Crop = "center",
@@ -66,6 +69,7 @@ class BatchReader:
             num_timesteps: Noise levels.
             max_tokens: Tokens of a caption that are kept.
             fill_text: Whether every caption is padded to them, for networks whose attention sees padding.
+            resolution_mix: Share of the rows of a step that have each resolution; all have all if None.
             drop_prob: Share of captions that are left out.
             flip: Whether half of the pictures are mirrored.
             crop: The middle square of a picture, or any.
@@ -81,6 +85,7 @@ class BatchReader:
             seed=seed, stage=stage, num_timesteps=num_timesteps, drop_prob=drop_prob, flip=flip, crop=crop
         )
         self._shape = BatchShape(resolutions, store.width, max_tokens, fill_text, pin_memory)
+        self._mix = resolution_mix or (1.0,) * len(resolutions)
         self._prefetch_steps, self._wait_s = prefetch_steps, 0.0
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
@@ -153,8 +158,20 @@ class BatchReader:
         """The batches of a step, whose rows are being read."""
         rows = self._order.step(step, global_batch_size)[share]
         timesteps = self._draws.timesteps(step, global_batch_size)[share]
-        pieces = [slice(at, at + size) for at in range(0, len(rows), size)]
-        return [
-            Draft(rows[piece], timesteps[piece], source=self._source, draws=self._draws, shape=self._shape)
-            for piece in pieces
-        ]
+        depths = num_resolutions(self._mix, global_batch_size)[share]
+        drafts = []
+        for at in range(0, len(rows), size):
+            depth = depths[at : at + size]
+            # Those that have the finer resolutions come first.
+            order = at + np.argsort(-depth, kind="stable")
+            drafts.append(
+                Draft(
+                    rows[order],
+                    timesteps[order],
+                    rows_per_resolution=tuple(int((depth >= n).sum()) for n in range(len(self._mix), 0, -1)),
+                    source=self._source,
+                    draws=self._draws,
+                    shape=self._shape,
+                )
+            )
+        return drafts

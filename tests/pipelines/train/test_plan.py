@@ -125,6 +125,7 @@ def _step(state: Any, config: TrainConfig) -> None:
         timestep=torch.arange(20),
         noise=[torch.randn(20, 3, side, side) for side in (16, 8)],
         ids=[],
+        rows_per_resolution=(20, 20),
     )
     rows = losses(
         state.network,

@@ -1,6 +1,7 @@
 """What a step trains on: a pure function of seed, stage, step and selection, whoever reads it."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.table import SampleTable
+from pipelines.train.ingest.batch import Batch
 
 from .conftest import SIDE, make_table, picture
 from .reading import Read, assert_same, embeddings_of, joined, reader, steps
@@ -156,3 +158,23 @@ def test_row_groups_of_embeddings_may_be_others_than_the_shards(copied: SampleTa
         pq.write_table(pq.read_table(path, partitioning=None), path, row_group_size=size)
     for whole, batches in zip(alone, steps(copied, 7, batch=13), strict=True):
         assert_same(whole, joined(list(batches)))
+
+
+@pytest.mark.parametrize(("workers", "micro"), [(1, None), (1, 5), (3, None), (2, 1)])
+def test_the_same_rows_have_the_finer_resolution_however_a_step_is_shared(
+    table: SampleTable, workers: int, micro: int | None
+) -> None:
+    mix = (0.3, 1.0)
+    expected = [fine_ids([whole]) for (whole,) in steps(table, 3, resolution_mix=mix)]
+    assert [len(fine) for fine in expected] == [round(0.3 * 12)] * 3
+    plain = [set(whole.ids) for (whole,) in steps(table, 3)]
+    shared = [steps(table, 3, rank=rank, workers=workers, micro=micro, resolution_mix=mix) for rank in range(workers)]
+    for step, fine in enumerate(expected):
+        parts = [part for worker in shared for part in worker[step]]
+        assert {one for part in parts for one in part.ids} == plain[step]
+        assert fine_ids(parts) == fine
+        assert all(part.rows_per_resolution[1] == len(part.ids) for part in parts)
+
+
+def fine_ids(parts: Sequence[Batch]) -> set[bytes]:
+    return {one for part in parts for one in part.ids[: part.rows_per_resolution[0]]}

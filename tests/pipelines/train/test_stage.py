@@ -223,3 +223,14 @@ def test_a_batch_in_pieces_is_the_batch(table: SampleTable, tmp_path: Path, mask
     assert len(whole) == 12
     for pieces in others:
         assert pieces == pytest.approx(whole, rel=1e-6)
+
+
+def test_of_a_mix_the_gradients_are_those_of_the_rows_that_are_there(table: SampleTable, tmp_path: Path) -> None:
+    """However a batch is cut, and with pieces that have no row of the finer resolution."""
+    values = run_config(table, tmp_path).model_dump(include={"model", "stages"})
+    values["stages"] = [values["stages"][0], values["stages"][1] | {"resolution_mix": [0.25, 1.0]}]
+    whole, pieces = (
+        losses(train(run_config(table, tmp_path / str(size), **values, scaling={"micro_batch_size": size}), table))
+        for size in (None, 2)
+    )
+    assert pieces == pytest.approx(whole, rel=1e-6)

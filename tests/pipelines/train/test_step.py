@@ -1,5 +1,6 @@
 """The loss of a step against its formula written out, for every prediction type, schedule and weighting; its state."""
 
+import dataclasses
 from itertools import product
 from typing import Any
 
@@ -38,6 +39,7 @@ def batch() -> Batch:
         timestep=torch.tensor([0, 3, 20, 50, 80, 98]),
         noise=[torch.randn(ROWS, 3, side, side, generator=generator) for side in SIDES],
         ids=[b""] * ROWS,
+        rows_per_resolution=(ROWS, ROWS),
     )
 
 
@@ -133,3 +135,27 @@ def test_a_frozen_layer_comes_back_with_the_others() -> None:
     step(resumed)
     for key, value in undisturbed.network.state_dict().items():
         assert torch.equal(resumed.network.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("fine", [0, 1, 4])
+def test_rows_that_a_resolution_has_not_count_for_nothing(fine: int) -> None:
+    """Against each resolution computed alone, from its own rows."""
+    given = dataclasses.replace(batch(), rows_per_resolution=(fine, ROWS))
+    torch.manual_seed(0)
+    network = build_network(model().matryoshka(5))
+    arguments: dict[str, Any] = {
+        "alpha_bars": model().noise_schedule().alpha_bars(SIDES),
+        "resolutions": SIDES,
+        "resolution_weights": (1.0, 1.0),
+        "weighting": "eps",
+    }
+    whole = losses(network, batch(), **arguments)
+    mixed = losses(network, given, **arguments, row_shares=(0.25, 1.0))
+    assert mixed[0, fine:].tolist() == [0.0] * (ROWS - fine)
+    # The outer network has no part in what the inner one answers.
+    torch.testing.assert_close(mixed[1], whole[1])
+    torch.testing.assert_close(mixed[0, :fine] * 0.25, whole[0, :fine])
+    mixed.sum().backward()
+    outer = [p for name, p in network.named_parameters() if not name.startswith("inner_unet")]
+    assert all(p.grad is not None for p in network.parameters())
+    assert any(bool(p.grad.any()) for p in outer if p.grad is not None) == (fine > 0)

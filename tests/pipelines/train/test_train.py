@@ -109,6 +109,25 @@ def test_a_stage_must_fit_the_workers_and_the_networks(table: SampleTable, tmp_p
         run_config(table, tmp_path, stages=[stage])
 
 
+@pytest.mark.parametrize("mix", [[0.5], [1.0, 0.5], [0.5, 0.9], [0.0, 1.0], [0.05, 1.0]])
+def test_a_mix_gives_every_resolution_its_images(table: SampleTable, tmp_path: Path, mix: list[float]) -> None:
+    stages = run_config(table, tmp_path).model_dump(mode="json")["stages"]
+    stages[1]["resolution_mix"] = mix
+    message = (
+        r"2 shares above 0, finest first" if mix != [0.05, 1.0] else r"leaves 16 px without an image in a batch of 8"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_config(table, tmp_path, stages=stages)
+
+
+def test_some_workers_to_many_share_what_no_number_of_them_divides(table: SampleTable, tmp_path: Path) -> None:
+    assert run_config(table, tmp_path, scaling={"workers": [1, 3]}).scaling.max_workers == 3
+    with pytest.raises(ValueError, match=r"global_batch_size=8 leaves some of scaling\.workers=9 without an image"):
+        run_config(table, tmp_path, scaling={"workers": [1, 9]})
+    with pytest.raises(ValueError, match=r"workers=\[3, 2\] must be \[least, most\]; turn them round"):
+        run_config(table, tmp_path, scaling={"workers": [3, 2]})
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_gradients_that_are_not_finite_stop_the_run_and_say_where(
     ray_cluster: None, table: SampleTable, tmp_path: Path, workers: int
