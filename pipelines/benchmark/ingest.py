@@ -21,12 +21,12 @@ from pipelines.benchmark.contender import Training
 from pipelines.benchmark.data.noop import sample_rows
 from pipelines.benchmark.data.photos import photo
 from pipelines.benchmark.turns import Worker
-from pipelines.data.commit import commit
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.decode import Picture, decode
-from pipelines.data.ledger import Ledger
-from pipelines.data.shards import write_shard
-from pipelines.data.table import SampleTable
+from pipelines.data.pictures.decode import Picture, decode
+from pipelines.data.table.commit import commit
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import SampleTable
+from pipelines.data.table.shards import write_shard
 from pipelines.embed.store import EmbeddingStore, EncoderInfo, embedding_folder, encode_embeddings, write_info
 from pipelines.progress import Progress
 from pipelines.train.ingest.batch import Batch

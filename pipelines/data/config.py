@@ -240,7 +240,8 @@ class RunConfig(Config):
     shard_rows: int = Field(default=1000, ge=1, le=100_000)
     """Links a shard: one unit of work, and at most so many rows a file."""
     commit_every_s: float = Field(default=60.0, ge=0)
-    """Seconds between commits: what a crash can cost."""
+    """Seconds between commits: what a crash can cost, beside the slowest chunk of `shard_rows` links, as chunks are
+    committed in their order."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that fetch and decode; auto: one a CPU of the cluster."""
     retry_failed: Literal["due", "none", "all"] = "due"

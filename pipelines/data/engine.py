@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipelines.data.config import RefreshConfig
-from pipelines.data.decode import Picture, decode
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import Fetcher
+from pipelines.data.fetch.fetcher import Fetcher
+from pipelines.data.pictures.decode import Picture, decode
+from pipelines.data.pictures.video import Clip, decode_clip
 from pipelines.data.review import make_thumbnail
-from pipelines.data.video import Clip, decode_clip
 
 # For people to look at: a few from each worker are enough.
 _MAX_THUMBNAILS = 32

@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.data import keys
-from pipelines.data.phash import HashIndex
+from pipelines.data.pictures.phash import HashIndex
+from pipelines.data.table import keys
 
 _HASH = re.compile(rb"[0-9a-fA-F]{64}|[0-9a-fA-F]{16}")
 _SHOWN_CHARS = 80

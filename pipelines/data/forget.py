@@ -12,14 +12,14 @@ import pyarrow as pa
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.data import keys
 from pipelines.data.config import ForgetConfig
-from pipelines.data.ledger import Ledger, State
-from pipelines.data.rewrite import drop_rows
-from pipelines.data.shards import write_shard
-from pipelines.data.sweep import committed_paths
-from pipelines.data.table import FORGOTTEN, OUTCOMES, SCHEMA, SampleTable, read_rows
-from pipelines.data.transaction import Change, transact
+from pipelines.data.table import keys
+from pipelines.data.table.ledger import Ledger, State
+from pipelines.data.table.rewrite import drop_rows
+from pipelines.data.table.sample_table import FORGOTTEN, OUTCOMES, SCHEMA, SampleTable, read_rows
+from pipelines.data.table.shards import write_shard
+from pipelines.data.table.sweep import committed_paths
+from pipelines.data.table.transaction import Change, transact
 
 # More tries than any refresh makes: a refresh that fetches the link at this moment finds that its row is not wanted.
 _ATTEMPTS = 2**31 - 1

@@ -18,11 +18,11 @@ from ray.data.datasource import Datasource, ReadTask
 
 from mdm_core.errors import MdmError
 from pipelines import cluster
-from pipelines.data import keys
 from pipelines.data.config import RefreshConfig
 from pipelines.data.plan import Plan, iter_chunks
 from pipelines.data.score import score_columns
-from pipelines.data.shards import WrittenShard, pack, shards_from_table, unpack
+from pipelines.data.table import keys
+from pipelines.data.table.shards import WrittenShard, pack, shards_from_table, unpack
 from pipelines.data.worker import CHUNKS_AT_ONCE, FetchWorker, ScoreWorker
 
 # Together one CPU: the reader of the list idles most of the time, and a machine may have one CPU only.

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mdm_core.errors import WorkError
-from pipelines.data import keys
 from pipelines.data.config import SourceConfig
-from pipelines.data.ledger import Ledger, State
-from pipelines.data.sources import Batch, Row, fingerprint, read_list
+from pipelines.data.lists.sources import Batch, Row, fingerprint, read_list
+from pipelines.data.table import keys
+from pipelines.data.table.ledger import Ledger, State
 
 _MAX_FAULTS_KEPT = 20
 

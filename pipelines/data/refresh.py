@@ -23,18 +23,18 @@ from urllib.parse import urlsplit
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data.commit import commit
 from pipelines.data.config import RefreshConfig
 from pipelines.data.filters import CaptionFilter
-from pipelines.data.ledger import Ledger
 from pipelines.data.plan import Plan, iter_captions, iter_chunks, make_plan
 from pipelines.data.review import Review
-from pipelines.data.rewrite import prune, recaption
 from pipelines.data.score import score_columns, with_absolute_paths
-from pipelines.data.shards import WrittenShard
-from pipelines.data.sweep import sweep
-from pipelines.data.table import OUTCOMES
-from pipelines.data.transaction import Tally
+from pipelines.data.table.commit import commit
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.rewrite import prune, recaption
+from pipelines.data.table.sample_table import OUTCOMES
+from pipelines.data.table.shards import WrittenShard
+from pipelines.data.table.sweep import sweep
+from pipelines.data.table.transaction import Tally
 from pipelines.data.worker import check, written_here
 from pipelines.progress import Progress
 

@@ -8,9 +8,9 @@ from typing import Any, Self
 from PIL import Image, ImageOps
 
 from pipelines.data.config import RefreshConfig
-from pipelines.data.ledger import Ledger
-from pipelines.data.shards import WrittenShard
-from pipelines.data.table import read_rows
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import read_rows
+from pipelines.data.table.shards import WrittenShard
 from pipelines.tracking import Run, open_run
 
 _TILE_PX = 96

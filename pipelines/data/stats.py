@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data.table import OUTCOMES, SampleTable, Shard
+from pipelines.data.table.sample_table import OUTCOMES, SampleTable, Shard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,13 +21,13 @@ from pipelines.data.engine import Engine, Link, NativeEngine, Result
 from pipelines.data.exclusions import Exclusions, read_exclusions
 from pipelines.data.failure import Failure
 from pipelines.data.filters import CaptionFilter
-from pipelines.data.img2dataset_engine import Img2datasetEngine, check_img2dataset
-from pipelines.data.img2dataset_import import Img2datasetImport
-from pipelines.data.rows import THUMBNAIL, picture_to_score, rows_of
+from pipelines.data.img2dataset.engine import Img2datasetEngine, check_img2dataset
+from pipelines.data.img2dataset.importing import Img2datasetImport
+from pipelines.data.pictures.video import require_av
 from pipelines.data.score import Scorer, check_scores, score_columns
-from pipelines.data.shards import WrittenShard, pack, shards_from_table, shards_to_table, unpack, write_shard
-from pipelines.data.table import OUTCOMES
-from pipelines.data.video import require_av
+from pipelines.data.table.rows import THUMBNAIL, picture_to_score, rows_of
+from pipelines.data.table.sample_table import OUTCOMES
+from pipelines.data.table.shards import WrittenShard, pack, shards_from_table, shards_to_table, unpack, write_shard
 
 _T = TypeVar("_T")
 CHUNKS_AT_ONCE = 4

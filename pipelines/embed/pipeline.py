@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, MdmError, WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable, Shard, row_group_sizes
+from pipelines.data.table.sample_table import SampleTable, Shard, row_group_sizes
 from pipelines.embed import store
 from pipelines.embed.config import EmbedConfig
 from pipelines.embed.store import EncoderInfo

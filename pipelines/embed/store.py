@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable, Shard, open_parquet, row_group_sizes
+from pipelines.data.table.sample_table import SampleTable, Shard, open_parquet, row_group_sizes
 
 Embedding: TypeAlias = NDArray[np.float16]
 

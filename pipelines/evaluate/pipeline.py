@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.evaluate import metrics
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.grids import grid_title, picture_grid, png_bytes

@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from mdm_core.errors import ConfigError
-from pipelines.data.table import SampleTable, Shard
+from pipelines.data.table.sample_table import SampleTable, Shard
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.train.checkpoint import MANIFEST, Checkpoint
 

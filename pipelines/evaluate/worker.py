@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, MdmError
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.evaluate.features import FeatureNetwork, load_feature_network
 from pipelines.train.ingest.decode import decode_square
 

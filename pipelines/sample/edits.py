@@ -17,8 +17,8 @@ from torch import Tensor
 from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.decode import decode
 from pipelines.data.failure import Failure
+from pipelines.data.pictures.decode import decode
 from pipelines.sample.config import SampleConfig
 from pipelines.train.ingest.decode import decode_square
 

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mdm_core.errors import WorkError
 from pipelines import cluster, storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.text_encoder import load_text_encoder
 from pipelines.tracking import Run, open_run
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, stage_ends

@@ -11,7 +11,7 @@ from mdm_core.nested_unet import build_network
 from pipelines.benchmark.activations import IN_ALL, Planned, planned_activations, planned_peaks
 from pipelines.benchmark.flops import flops_per_picture
 from pipelines.benchmark.peaks import known_cards, known_peak
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.progress import Progress
 from pipelines.text_encoder import text_width
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.config import TrainConfig

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm_core.nested_unet import NestedUNet, build_network
 from mdm_core.progressive import grow
 from mdm_core.unet import UNet
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.train.checkpoint import Checkpoint, Manifest, State, checkpoint_uri
 from pipelines.train.checkpoint_writer import CheckpointWriter

@@ -15,12 +15,12 @@ import pyarrow as pa
 from mdm_core.errors import WorkError
 from pipelines.benchmark.data.contenders import SHARD_ROWS, Cores, refresh_config, run_native
 from pipelines.benchmark.data.photos import tiny
-from pipelines.data import keys
-from pipelines.data.commit import commit
 from pipelines.data.config import FiltersConfig
-from pipelines.data.ledger import Ledger
-from pipelines.data.shards import WrittenShard, write_shard
-from pipelines.data.table import SCHEMA, SampleTable
+from pipelines.data.table import keys
+from pipelines.data.table.commit import commit
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import SCHEMA, SampleTable
+from pipelines.data.table.shards import WrittenShard, write_shard
 
 # Nothing listens there, and nothing must be asked there.
 _NOWHERE = "http://127.0.0.1:9"

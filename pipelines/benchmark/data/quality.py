@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 
 
 def psnr_db(picture: npt.NDArray[np.uint8], reference: npt.NDArray[np.uint8]) -> float:

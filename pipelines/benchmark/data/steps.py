@@ -20,7 +20,7 @@ from mdm_core.errors import WorkError
 from pipelines.data.config import RefreshConfig
 
 if TYPE_CHECKING:
-    from pipelines.data.fetch import Fetcher
+    from pipelines.data.fetch.fetcher import Fetcher
 
 STEPS = ("fetch", "decode", "resize", "encode", "other", "write")
 
@@ -92,10 +92,10 @@ class NativeSteps:
         from threadpoolctl import threadpool_limits
 
         from pipelines.benchmark.data.noop import sample_rows
-        from pipelines.data import decode as decoding
         from pipelines.data.failure import Failure
-        from pipelines.data.fetch import Fetcher
-        from pipelines.data.shards import write_shard
+        from pipelines.data.fetch.fetcher import Fetcher
+        from pipelines.data.pictures import decode as decoding
+        from pipelines.data.table.shards import write_shard
 
         given, config, clock = self._given, self._given.config, _Clock()
         asyncio.run(_fetch(Fetcher(config.fetch), given.urls[:1]))

@@ -8,8 +8,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.data.decode import jpeg_factor, jpeg_pixels
-from pipelines.data.resize import resize
+from pipelines.data.pictures.decode import jpeg_factor, jpeg_pixels
+from pipelines.data.pictures.resize import resize
 
 _JPEG_BEGINS = b"\xff\xd8"
 
@@ -19,7 +19,7 @@ def decode_square(image: bytes, side: int, *, crop: float | None = None) -> NDAr
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves twice the side wanted. A square
     that is a whole number of times larger is averaged, as the network's pyramid averages the pictures of a later stage,
-    so that both see the same; any other is resized with antialiasing (`pipelines.data.resize`).
+    so that both see the same; any other is resized with antialiasing (`pipelines.data.pictures.resize`).
 
     Args:
         image: The file.

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mdm_core.errors import ConfigError
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.ingest.draft import BatchShape, Draft

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data import keys
-from pipelines.data.delta import may_pass, patiently
-from pipelines.data.table import SampleTable, Shard, row_group_sizes
+from pipelines.data.table import keys
+from pipelines.data.table.delta import may_pass, patiently
+from pipelines.data.table.sample_table import SampleTable, Shard, row_group_sizes
 
 _READ_THREADS = 16
 _PICTURES = ("image", "frames")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.embed.store import Embedding, EmbeddingStore
 from pipelines.train.ingest.decode import decode_square
 from pipelines.train.ingest.selection import RowGroup, Selection

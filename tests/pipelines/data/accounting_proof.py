@@ -18,7 +18,7 @@ from PIL import Image
 from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.stats import table_stats
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.refresh_process import RefreshProcess
 from tests.pipelines.data.trouble_list import (
     ALLOWED_NETWORKS,

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from pipelines.data.addresses import Lookup
 from pipelines.data.config import FetchConfig
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import Fetcher
+from pipelines.data.fetch.addresses import Lookup
+from pipelines.data.fetch.fetcher import Fetcher
 
 LOOPBACK = ("127.0.0.1/32",)
 

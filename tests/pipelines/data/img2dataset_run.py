@@ -12,7 +12,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data.img2dataset_engine import _import_img2dataset
+from pipelines.data.img2dataset.engine import _import_img2dataset
 
 
 def run_img2dataset(folder: Path, urls: list[str], **options: Any) -> None:

@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.decode import Picture, decode
+from pipelines.data.pictures.decode import Picture, decode
 
 ALL = FiltersConfig(min_side_px=0, max_aspect=1000)
 AS_IT_IS = ImageConfig(resize="none", format="png")

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.data.addresses import AddressGuard, PrivateAddressError
+from pipelines.data.fetch.addresses import AddressGuard, PrivateAddressError
 
 PRIVATE = [
     "127.0.0.1",

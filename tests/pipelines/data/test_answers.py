@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from mdm_core.errors import WorkError
-from pipelines.data import connections
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import backoff_s
+from pipelines.data.fetch import connections
+from pipelines.data.fetch.fetcher import backoff_s
 from tests.pipelines.data.fetching import fetch, fetch_all
 from tests.pipelines.data.raw_server import End, RawServer, Step, answer, ok
 
@@ -210,6 +210,6 @@ def test_full_table_of_files_is_not_the_links_fault(monkeypatch: pytest.MonkeyPa
     def full(*_: int) -> socket.socket:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("pipelines.data.addresses.socket", SimpleNamespace(socket=full))
+    monkeypatch.setattr("pipelines.data.fetch.addresses.socket", SimpleNamespace(socket=full))
     with pytest.raises(WorkError, match="ulimit"):
         fetch("http://127.0.0.1:1/", retries=3)

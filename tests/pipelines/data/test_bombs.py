@@ -23,7 +23,7 @@ _CHILD = """
 import resource, sys, warnings
 from pathlib import Path
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.decode import decode
+from pipelines.data.pictures.decode import decode
 warnings.filterwarnings("ignore", module="PIL")
 anything = FiltersConfig(min_side_px=0, max_aspect=1e9)
 for small in sorted(Path(sys.argv[1], "small").iterdir()):

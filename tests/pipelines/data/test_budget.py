@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from pipelines.data.budget import ByteBudget, Lease
 from pipelines.data.config import FetchConfig
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import Fetcher
+from pipelines.data.fetch.budget import ByteBudget, Lease
+from pipelines.data.fetch.fetcher import Fetcher
 from tests.pipelines.data.raw_server import RawServer, Step, answer, ok
 
 

@@ -11,7 +11,7 @@ from mdm_core.errors import ConfigError
 from pipelines import cluster
 from pipelines.data.config import RefreshConfig
 from pipelines.data.refresh import RefreshReport, refresh
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_refresh import CAPTION, configure, counts, line, rows
 

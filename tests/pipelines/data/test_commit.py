@@ -10,14 +10,14 @@ import pytest
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data import keys
-from pipelines.data.commit import commit
 from pipelines.data.config import FiltersConfig
-from pipelines.data.ledger import Ledger
-from pipelines.data.shards import WrittenShard, shards_from_table, shards_to_table, write_shard
 from pipelines.data.stats import table_stats
-from pipelines.data.sweep import sweep
-from pipelines.data.table import SCHEMA, SampleTable
+from pipelines.data.table import keys
+from pipelines.data.table.commit import commit
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import SCHEMA, SampleTable
+from pipelines.data.table.shards import WrittenShard, shards_from_table, shards_to_table, write_shard
+from pipelines.data.table.sweep import sweep
 
 ONCE = FiltersConfig()
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

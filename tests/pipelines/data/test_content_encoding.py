@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from pipelines.data.content_encoding import UnknownEncodingError, Unpacker
+from pipelines.data.fetch.content_encoding import UnknownEncodingError, Unpacker
 
 BODY = random.Random(2).randbytes(3_000) + bytes(1_000_000) + random.Random(3).randbytes(3_000)
 

@@ -11,8 +11,8 @@ import simplejpeg
 from PIL import Image
 
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.decode import Picture, decode
 from pipelines.data.failure import Failure
+from pipelines.data.pictures.decode import Picture, decode
 from tests.pipelines.data import odd_files
 from tests.pipelines.data.picture_server import draw_picture, encode
 from tests.pipelines.data.shown import tiff
@@ -166,5 +166,5 @@ def test_what_is_not_read_here_is_not_opened(body: bytes) -> None:
 
 
 def test_heic_without_its_plugin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.data.decode._has_heif", lambda: False)
+    monkeypatch.setattr("pipelines.data.pictures.decode._has_heif", lambda: False)
     assert decode(files()["heic"], SMALL, ALL) == Failure("heif_not_installed")

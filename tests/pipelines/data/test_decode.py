@@ -13,8 +13,8 @@ import skimage
 from PIL import Image, ImageCms, ImageOps
 
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.decode import Picture, decode, target_size
 from pipelines.data.failure import Failure
+from pipelines.data.pictures.decode import Picture, decode, target_size
 from tests.pipelines.data import odd_files
 from tests.pipelines.data.picture_server import draw_picture, encode
 

@@ -8,7 +8,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipelines import storage
-from pipelines.data.delta import may_pass, patiently
+from pipelines.data.table.delta import may_pass, patiently
 from tests.pipelines.failing_proxy import FailingProxy
 from tests.pipelines.s3_server import S3Server
 
@@ -92,7 +92,7 @@ def test_errors_of_deltalake_are_told_apart(bucket: str, s3_server: S3Server, mo
 
 _WRITER = """
 import sys
-from pipelines.data.commit import commit
+from pipelines.data.table.commit import commit
 from pipelines.data.config import FiltersConfig
 from tests.pipelines.data.test_commit import ledger, write
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipelines.data.config import FetchConfig
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import Fetcher
-from pipelines.data.hosts import FAILURES_TO_SHUT
+from pipelines.data.fetch.fetcher import Fetcher
+from pipelines.data.fetch.hosts import FAILURES_TO_SHUT
 from tests.pipelines.data.fetching import fetch_all
 from tests.pipelines.data.raw_server import End, RawServer, Step, answer, ok
 

@@ -5,7 +5,7 @@ import pytest
 
 from pipelines.data.config import FetchConfig
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import Fetcher
+from pipelines.data.fetch.fetcher import Fetcher
 from tests.pipelines.data.fetching import LOOPBACK, fetch, fetch_all
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
 

@@ -6,12 +6,12 @@ import pytest
 
 from jobs.forget import main
 from mdm_core.errors import ConfigError
-from pipelines.data import keys
-from pipelines.data.commit import commit
 from pipelines.data.config import ForgetConfig
 from pipelines.data.forget import forget
 from pipelines.data.refresh import refresh
-from pipelines.data.table import SampleTable
+from pipelines.data.table import keys
+from pipelines.data.table.commit import commit
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write
 from tests.pipelines.data.test_refresh import configure, counts, line, rows

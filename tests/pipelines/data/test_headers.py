@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipelines.data.headers import opted_out, retry_after_s
+from pipelines.data.fetch.headers import opted_out, retry_after_s
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from pipelines.data.hosts import COOL_DOWN_S, FAILURES_TO_SHUT, LONGEST_PAUSE_S, Hosts, Turn
+from pipelines.data.fetch.hosts import COOL_DOWN_S, FAILURES_TO_SHUT, LONGEST_PAUSE_S, Hosts, Turn
 
 
 class Clock:

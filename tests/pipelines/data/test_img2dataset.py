@@ -16,12 +16,12 @@ from PIL import Image
 
 from mdm_core.errors import ConfigError
 from pipelines.data.config import RefreshConfig, SourceConfig
-from pipelines.data.decode import Picture
 from pipelines.data.engine import Engine, Link, Result
 from pipelines.data.failure import Failure
-from pipelines.data.img2dataset_engine import Img2datasetEngine
-from pipelines.data.img2dataset_import import Img2datasetImport
-from pipelines.data.sources import read_list
+from pipelines.data.img2dataset.engine import Img2datasetEngine
+from pipelines.data.img2dataset.importing import Img2datasetImport
+from pipelines.data.lists.sources import read_list
+from pipelines.data.pictures.decode import Picture
 from tests.pipelines.data import test_security
 from tests.pipelines.data.img2dataset_run import read_written, run_img2dataset
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode

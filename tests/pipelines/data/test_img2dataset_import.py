@@ -12,10 +12,10 @@ import pytest
 from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.config import SourceConfig
-from pipelines.data.decode import Picture
 from pipelines.data.failure import Failure
-from pipelines.data.img2dataset_messages import download_failure, resize_failure
-from pipelines.data.sources import read_list
+from pipelines.data.img2dataset.messages import download_failure, resize_failure
+from pipelines.data.lists.sources import read_list
+from pipelines.data.pictures.decode import Picture
 from tests.pipelines.data.img2dataset_run import read_written, run_img2dataset
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
 from tests.pipelines.data.test_img2dataset import NOT_THERE, import_all, sha256

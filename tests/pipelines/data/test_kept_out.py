@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from pipelines.data.decode import decode
+from pipelines.data.pictures.decode import decode
 from pipelines.data.refresh import refresh
 from tests.pipelines.data.picture_server import PictureServer, encode
 from tests.pipelines.data.test_refresh import configure, line, rows

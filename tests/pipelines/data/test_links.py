@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.config import FetchConfig
-from pipelines.data.fetch import Fetcher
-from pipelines.data.links import follow_link, host_of, parse_link
+from pipelines.data.fetch.fetcher import Fetcher
+from pipelines.data.fetch.links import follow_link, host_of, parse_link
 from tests.pipelines.data.raw_server import RawServer, ok
 
 # What follows the host in a link, and what the server must be asked for.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.data.config import RefreshConfig
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_refresh import TROUBLE, configure, line, rows
 

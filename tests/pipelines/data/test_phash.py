@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.data.phash import Hashes, HashIndex, mark_near_repeats, perceptual_hash
+from pipelines.data.pictures.phash import Hashes, HashIndex, mark_near_repeats, perceptual_hash
 
 _FOLDER = Path(skimage.__file__).parent / "data"
 PHOTOS = {
@@ -126,7 +126,7 @@ def brute_near(hashes: Hashes, others: Hashes, max_bits: int) -> list[bool]:
 @pytest.fixture(params=["by bands", "one by one"])
 def lookup_cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes small indexes work as large ones do, or as small ones do."""
-    monkeypatch.setattr("pipelines.data.phash._LOOKUP_COST", 0 if request.param == "by bands" else 10**9)
+    monkeypatch.setattr("pipelines.data.pictures.phash._LOOKUP_COST", 0 if request.param == "by bands" else 10**9)
 
 
 @pytest.mark.usefixtures("lookup_cost")
@@ -145,8 +145,8 @@ def test_near_equals_comparing_all(max_bits: int, batches: list[Hashes], asked: 
 @pytest.mark.parametrize("max_bits", [3, 8, 15])
 def test_near_in_many(max_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # In small parts, so that every way of cutting up the work is gone through.
-    monkeypatch.setattr("pipelines.data.phash._AT_ONCE", 50)
-    monkeypatch.setattr("pipelines.data.phash._LOOKUP_COST", 0.01)
+    monkeypatch.setattr("pipelines.data.pictures.phash._AT_ONCE", 50)
+    monkeypatch.setattr("pipelines.data.pictures.phash._LOOKUP_COST", 0.01)
     rng = np.random.default_rng(max_bits)
     held = rng.integers(-(2**63), 2**63 - 1, 20_000)
     held[:5_000] = held[0] ^ (np.int64(1) << rng.integers(0, 40, 5_000))
@@ -176,7 +176,7 @@ def test_repeats_equal_going_through_one_by_one(block: int, held: Hashes, hashes
     index.add(held)
     size = len(index)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.data.phash._BLOCK", block)
+        patch.setattr("pipelines.data.pictures.phash._BLOCK", block)
         assert mark_near_repeats(hashes, max_bits, index).tolist() == wanted
     assert len(index) == size
 

@@ -5,11 +5,11 @@ import pyarrow as pa
 import pytest
 
 from mdm_core.errors import WorkError
-from pipelines.data import keys
 from pipelines.data.config import SourceConfig
-from pipelines.data.ledger import Ledger
 from pipelines.data.plan import Plan, iter_chunks, make_plan
-from pipelines.data.shards import pack, unpack
+from pipelines.data.table import keys
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.shards import pack, unpack
 
 
 def plan(tmp_path: Path, lines: list[str], limit: int | None = None) -> Plan:
@@ -65,7 +65,7 @@ def test_faults_are_counted_and_the_first_are_kept_with_their_part(tmp_path: Pat
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64, 1000])
 def test_chunks_over_many_blocks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
-    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", 333)
+    monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", 333)
     made = plan(tmp_path, [f"http://h/{number % 150}\tcaption {number}" for number in range(300)])
     chunks = list(iter_chunks(made, chunk_rows))
     assert {chunk.num_rows for chunk in chunks[:-1]} <= {chunk_rows}

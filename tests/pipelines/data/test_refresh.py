@@ -17,9 +17,9 @@ from PIL import Image
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import cluster
 from pipelines.data.config import RefreshConfig
-from pipelines.data.ledger import Ledger
 from pipelines.data.refresh import RefreshReport, refresh
-from pipelines.data.table import SampleTable
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 
 CAPTION = "a picture of waves"

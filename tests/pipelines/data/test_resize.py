@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipelines.data.resize import lanczos_matrix, resize
+from pipelines.data.pictures.resize import lanczos_matrix, resize
 from tests.pipelines.data.picture_server import draw_picture
 
 SIZES = [(64, 48), (37, 90), (300, 200), (500, 333), (1, 1), (9, 1), (8, 8), (17, 200)]
@@ -50,7 +50,7 @@ def test_part_of_a_picture(box: tuple[float, float, float, float]) -> None:
 def test_work_that_is_cut_up_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (200, 300, 3), np.uint8)
     whole = resize(pixels, (100, 70))
-    monkeypatch.setattr("pipelines.data.resize._PASS_FLOATS", 1)
+    monkeypatch.setattr("pipelines.data.pictures.resize._PASS_FLOATS", 1)
     assert np.array_equal(resize(pixels, (100, 70)), whole)
 
 

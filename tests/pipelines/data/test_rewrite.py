@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from deltalake import DeltaTable
 
-from pipelines.data import keys, transaction
-from pipelines.data.commit import commit
 from pipelines.data.config import FiltersConfig
 from pipelines.data.filters import CaptionFilter
-from pipelines.data.ledger import Ledger
-from pipelines.data.rewrite import prune, recaption
-from pipelines.data.table import SampleTable
-from pipelines.data.transaction import Change
+from pipelines.data.table import keys, transaction
+from pipelines.data.table.commit import commit
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.rewrite import prune, recaption
+from pipelines.data.table.sample_table import SampleTable
+from pipelines.data.table.transaction import Change
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write
 
 JUDGE = CaptionFilter(FiltersConfig())

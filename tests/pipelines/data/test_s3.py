@@ -14,7 +14,7 @@ import pytest
 
 from jobs import refresh, stats
 from pipelines import s3, storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.accounting_proof import Proof
 from tests.pipelines.data.trouble_server import TroubleServer
 from tests.pipelines.failing_proxy import FAILURES, FailingProxy

@@ -8,7 +8,7 @@ from mdm_core.errors import ConfigError
 from pipelines.data.config import ScoreConfig
 from pipelines.data.refresh import refresh
 from pipelines.data.score import Scorer
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_refresh import configure, counts, line, rows
 from tests.pipelines.data.test_score import TEXTS, weights  # noqa: F401 (a fixture)

@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.data import connections
-from pipelines.data.addresses import GuardedResolver, Lookup
 from pipelines.data.config import FetchConfig
 from pipelines.data.failure import Failure
-from pipelines.data.fetch import Fetcher
+from pipelines.data.fetch import connections
+from pipelines.data.fetch.addresses import GuardedResolver, Lookup
+from pipelines.data.fetch.fetcher import Fetcher
 from tests.pipelines.data.raw_server import RawServer, Step, answer, ok
 
 LOOPBACK = ("127.0.0.0/8",)

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mdm_core.errors import ConfigError
-from pipelines.data.batch import Row
 from pipelines.data.config import SourceConfig
-from pipelines.data.lines import read_blocks
-from pipelines.data.sources import read_list
+from pipelines.data.lists.batch import Row
+from pipelines.data.lists.lines import read_blocks
+from pipelines.data.lists.sources import read_list
 
 
 def rows(path: Path, content: bytes, limit: int | None = None, **options: Any) -> list[Row]:
@@ -195,8 +195,8 @@ def test_what_is_no_text_is_one_message(tmp_path: Path, content: bytes, message:
 
 
 def test_line_that_is_too_long_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.data.lines.MAX_LINE_BYTES", 40)
-    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", 16)
+    monkeypatch.setattr("pipelines.data.lists.lines.MAX_LINE_BYTES", 40)
+    monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", 16)
     (tmp_path / "list").write_bytes(b"one\n" + b"x" * 1000 + b"\ntwo\n")
     assert list(read_blocks(str(tmp_path / "list"))) == [b"one\n", None, b"two\n"]
 
@@ -205,7 +205,7 @@ def test_line_that_is_too_long_is_not_held_in_memory(tmp_path: Path, monkeypatch
 def test_line_that_is_too_long_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for module in ("lines", "delimited", "sources"):
         monkeypatch.setattr(f"pipelines.data.{module}.MAX_LINE_BYTES", 40)
-    monkeypatch.setattr("pipelines.data.lines._READ_BYTES", size)
+    monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", size)
     long, fits = b"http://h/b\t" + b"x" * 30, b"http://h/c\t" + b"x" * 29
     content = b"\n".join([b"http://h/a\tone", long, fits, long * 9, b"http://h/d\ttwo", long])
     found = rows(tmp_path / "list.tsv", content)
@@ -220,7 +220,7 @@ def test_lines_are_the_same_wherever_blocks_end(tmp_path: Path, monkeypatch: pyt
     content = b"\xef\xbb\xbfhttp://h/a\tone\r\nhttp://h/b\ttwo\n\nhttp://h/c\tthree"
     whole = rows(tmp_path / "list.tsv", content)
     for size in (4, 5, 17):
-        monkeypatch.setattr("pipelines.data.lines._READ_BYTES", size)
+        monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", size)
         assert rows(tmp_path / "list.tsv", content) == whole
 
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.batch import Row
 from pipelines.data.config import SourceConfig
-from pipelines.data.sources import read_list
+from pipelines.data.lists.batch import Row
+from pipelines.data.lists.sources import read_list
 from tests.pipelines.data.slow_lists import read_slowly
 
 NAMED = {"url": "url", "caption": "caption"}
@@ -102,7 +102,7 @@ def test_any_bytes_mean_what_the_slow_reader_says(
     met: Counter[str] = Counter()
     for number, content in enumerate(contents([*LINKS, *MARKS, *ODD, *LINES])):
         path.write_bytes(content)
-        monkeypatch.setattr("pipelines.data.lines._READ_BYTES", [1, 7, 50, 1 << 20][number % 4])
+        monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", [1, 7, 50, 1 << 20][number % 4])
         found = rows(path, format=kind, columns={"url": columns[0], "caption": columns[1]})
         assert [row.line for row in found] == [*range(1, len(found) + 1)]
         assert [(row.fault, row.url, row.caption) for row in found] == read_slowly(content, kind, *columns)
@@ -115,7 +115,7 @@ def test_any_json_means_what_the_slow_reader_says(path: Path, monkeypatch: pytes
     met: Counter[str] = Counter()
     for number, content in enumerate(contents([*OBJECTS, *JSON_MARKS, b"\n", b"\n", b"\n"])):
         path.write_bytes(content)
-        monkeypatch.setattr("pipelines.data.lines._READ_BYTES", [1, 7, 50, 1 << 20][number % 4])
+        monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", [1, 7, 50, 1 << 20][number % 4])
         found = [(row.fault, row.url, row.caption) for row in rows(path, format="jsonl", columns=NAMED)]
         assert found == read_slowly(content, "jsonl", "url", "caption")
         met.update(fault for fault, _, _ in found)

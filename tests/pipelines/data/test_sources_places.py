@@ -10,9 +10,9 @@ import pytest
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.data.batch import Row
 from pipelines.data.config import SourceConfig
-from pipelines.data.sources import fingerprint, read_list
+from pipelines.data.lists.batch import Row
+from pipelines.data.lists.sources import fingerprint, read_list
 from tests.pipelines.data.test_sources import good, rows
 from tests.pipelines.file_server import FileServer
 

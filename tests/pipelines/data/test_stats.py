@@ -6,7 +6,7 @@ from PIL import Image
 from jobs.stats import main
 from pipelines.data.refresh import refresh
 from pipelines.data.stats import stats_text, table_stats
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
 from tests.pipelines.data.test_refresh import configure, line
 

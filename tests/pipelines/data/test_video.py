@@ -17,11 +17,11 @@ from PIL import Image
 from skimage import data
 
 from mdm_core.errors import ConfigError
-from pipelines.data import video as video_module
 from pipelines.data.config import FiltersConfig, ImageConfig, VideoConfig
 from pipelines.data.failure import Failure
-from pipelines.data.phash import perceptual_hash
-from pipelines.data.video import Clip, decode_clip
+from pipelines.data.pictures import video as video_module
+from pipelines.data.pictures.phash import perceptual_hash
+from pipelines.data.pictures.video import Clip, decode_clip
 
 Pixels = npt.NDArray[np.uint8]
 ALL = FiltersConfig(min_side_px=0, max_aspect=1000)

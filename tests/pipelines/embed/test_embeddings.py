@@ -10,7 +10,7 @@ import pytest
 from deltalake import WriterProperties, write_deltalake
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.data.table import SampleTable, row_group_sizes
+from pipelines.data.table.sample_table import SampleTable, row_group_sizes
 from pipelines.embed.config import EmbedConfig
 from pipelines.embed.pipeline import EmbedReport, embed
 from pipelines.embed.store import EmbeddingStore, encoder_slug

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mdm_core.config import MatryoshkaConfig, UNetConfig
 from mdm_core.nested_unet import build_network
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.train.checkpoint import Checkpoint, Manifest
 from pipelines.train.checkpoint_writer import save_checkpoint
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mdm_core.errors import ConfigError
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.features import load_feature_network
 from pipelines.evaluate.metrics import frechet_distance, kernel_distance

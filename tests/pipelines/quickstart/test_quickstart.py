@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.corpus import Corpus, build_corpus
 from pipelines.tracking import TrackingConfig, child_runs

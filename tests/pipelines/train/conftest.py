@@ -15,7 +15,7 @@ from deltalake import WriterProperties, write_deltalake
 from PIL import Image
 
 from pipelines import storage
-from pipelines.data.table import SampleTable, row_group_sizes
+from pipelines.data.table.sample_table import SampleTable, row_group_sizes
 from pipelines.embed.store import EncoderInfo, embedding_folder, encode_embeddings, write_info
 from pipelines.train.config import TrainConfig
 

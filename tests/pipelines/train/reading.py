@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.embed.store import EmbeddingStore
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.ingest.reader import BatchReader

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.tracking import child_runs, metric_history
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.hooks import Hooks

@@ -18,7 +18,7 @@ from mdm_core.errors import ConfigError
 from mdm_core.model_file import load_model
 from mdm_core.nested_unet import build_network
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.sample.generator import Generator
 from pipelines.train.checkpoint import checkpoint_uri, open_checkpoint
 from pipelines.train.checkpoint_writer import CheckpointWriter

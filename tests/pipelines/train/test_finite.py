@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdm_core.errors import WorkError
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.pipeline import train

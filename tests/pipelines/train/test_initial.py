@@ -16,7 +16,7 @@ from mdm_core.errors import CheckpointError, ConfigError
 from mdm_core.model_file import save_model
 from mdm_core.nested_unet import build_network
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.train.checkpoint import State, checkpoint_uri, latest_checkpoint, open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.hooks import Hooks

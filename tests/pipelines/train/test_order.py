@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.table import Shard
+from pipelines.data.table.sample_table import Shard
 from pipelines.train.ingest.order import CanonicalOrder, StepRows
 from pipelines.train.ingest.selection import Selection
 

@@ -15,7 +15,7 @@ from jobs import train as job
 from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
 from pipelines.benchmark.report import format_bytes
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.run_config import dump_config
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig

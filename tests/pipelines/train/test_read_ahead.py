@@ -11,7 +11,7 @@ import pytest
 
 from mdm_core.errors import WorkError
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 
 from .conftest import SIDE, make_table
 from .reading import embeddings_of, reader, steps

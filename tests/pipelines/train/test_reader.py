@@ -12,7 +12,7 @@ import torch
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.train.ingest.batch import Batch
 
 from .conftest import SIDE, make_table, picture

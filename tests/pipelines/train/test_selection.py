@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.data.table import SCHEMA, SampleTable, Shard, ensure_table
+from pipelines.data.table.sample_table import SCHEMA, SampleTable, Shard, ensure_table
 from pipelines.train.ingest.selection import Selection, select_rows
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdm_core.errors import CheckpointError
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.sample.generator import Generator
 from pipelines.train.checkpoint import latest_checkpoint, list_checkpoints, open_checkpoint
 from pipelines.train.config import PreviewConfig, TrainConfig

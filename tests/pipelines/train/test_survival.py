@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.hooks import Hooks

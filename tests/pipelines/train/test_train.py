@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines.data.table import SampleTable
+from pipelines.data.table.sample_table import SampleTable
 from pipelines.tracking import child_runs, metric_history
 from pipelines.train import pipeline
 from pipelines.train.checkpoint import open_checkpoint

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.data.keys import Mask
-from pipelines.data.resize import lanczos_matrix
+from pipelines.data.pictures.resize import lanczos_matrix
+from pipelines.data.table.keys import Mask
 
 Hashes: TypeAlias = npt.NDArray[np.int64]
 _Bits: TypeAlias = npt.NDArray[np.uint64]

@@ -10,15 +10,15 @@ import aiohttp
 from yarl import URL
 
 from mdm_core.errors import ConfigError
-from pipelines.data.addresses import AddressGuard, Lookup, PrivateAddressError
-from pipelines.data.budget import BYTES_IN_FLIGHT, ByteBudget
 from pipelines.data.config import FetchConfig
-from pipelines.data.connections import open_session
-from pipelines.data.content_encoding import UnknownEncodingError, Unpacker
 from pipelines.data.failure import STATUSES_THAT_PASS, Failure
-from pipelines.data.headers import opted_out, retry_after_s
-from pipelines.data.hosts import Hosts, Turn
-from pipelines.data.links import follow_link, host_of, parse_link
+from pipelines.data.fetch.addresses import AddressGuard, Lookup, PrivateAddressError
+from pipelines.data.fetch.budget import BYTES_IN_FLIGHT, ByteBudget
+from pipelines.data.fetch.connections import open_session
+from pipelines.data.fetch.content_encoding import UnknownEncodingError, Unpacker
+from pipelines.data.fetch.headers import opted_out, retry_after_s
+from pipelines.data.fetch.hosts import Hosts, Turn
+from pipelines.data.fetch.links import follow_link, host_of, parse_link
 
 _ASK_TO_WAIT = {429, 503}
 _REDIRECTS = {301, 302, 303, 307, 308}

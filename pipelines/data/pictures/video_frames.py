@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.data.config import ImageConfig, VideoConfig
-from pipelines.data.decode import center_square, encode_pixels, target_size
+from pipelines.data.pictures.decode import center_square, encode_pixels, target_size
 
 if TYPE_CHECKING:
     from av.container import InputContainer

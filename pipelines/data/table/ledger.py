@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from pipelines import storage
-from pipelines.data import keys
-from pipelines.data.delta import patiently
-from pipelines.data.phash import HashIndex
-from pipelines.data.shards import WrittenShard
-from pipelines.data.table import FORGOTTEN, SampleTable, Shard, ensure_table
+from pipelines.data.pictures.phash import HashIndex
+from pipelines.data.table import keys
+from pipelines.data.table.delta import patiently
+from pipelines.data.table.sample_table import FORGOTTEN, SampleTable, Shard, ensure_table
+from pipelines.data.table.shards import WrittenShard
 
 _FIRST_WAIT_S = 3600.0
 _WAIT_GROWTH = 4.0

@@ -14,7 +14,7 @@ from deltalake.exceptions import DeltaError
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data.delta import patiently
+from pipelines.data.table.delta import patiently
 
 OUTCOMES = ("ok", "filtered", "failed")
 

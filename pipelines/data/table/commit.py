@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data import keys
 from pipelines.data.config import FiltersConfig
-from pipelines.data.ledger import Ledger
-from pipelines.data.phash import mark_near_repeats
-from pipelines.data.rewrite import drop_rows
-from pipelines.data.shards import NO_PHASH, WrittenShard, read_whole, without_pictures, write_shard
-from pipelines.data.transaction import Change, Tally, transact
+from pipelines.data.pictures.phash import mark_near_repeats
+from pipelines.data.table import keys
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.rewrite import drop_rows
+from pipelines.data.table.shards import NO_PHASH, WrittenShard, read_whole, without_pictures, write_shard
+from pipelines.data.table.transaction import Change, Tally, transact
 
 
 def commit(

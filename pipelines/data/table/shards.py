@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from mdm_core.errors import WorkError
 from pipelines import storage
-from pipelines.data import keys
-from pipelines.data.table import IMAGE_COLUMNS, SCORE, encode_shard, read_rows
+from pipelines.data.table import keys
+from pipelines.data.table.sample_table import IMAGE_COLUMNS, SCORE, encode_shard, read_rows
 
 NO_PHASH = 0
 """In the place of a perceptual hash where there is none; half the bits of a real one are set."""

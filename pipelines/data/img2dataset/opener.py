@@ -18,11 +18,11 @@ from typing import Any
 
 from yarl import URL
 
-from pipelines.data.addresses import AddressGuard
 from pipelines.data.config import FetchConfig
-from pipelines.data.headers import retry_after_s
-from pipelines.data.img2dataset_messages import download_failure
-from pipelines.data.links import follow_link
+from pipelines.data.fetch.addresses import AddressGuard
+from pipelines.data.fetch.headers import retry_after_s
+from pipelines.data.fetch.links import follow_link
+from pipelines.data.img2dataset.messages import download_failure
 
 _BACKOFF_S = 0.5
 _READ_BYTES = 1 << 16

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from mdm_core.errors import ConfigError
 from pipelines import storage
-from pipelines.data.batch import FAULTS, Batch, Codes, Row, make_batch
 from pipelines.data.config import SourceConfig
-from pipelines.data.delimited import find_column, read_delimited
-from pipelines.data.lines import MAX_LINE_BYTES, is_utf8, read_blocks
+from pipelines.data.lists.batch import FAULTS, Batch, Codes, Row, make_batch
+from pipelines.data.lists.delimited import find_column, read_delimited
+from pipelines.data.lists.lines import MAX_LINE_BYTES, is_utf8, read_blocks
 
 __all__ = ["Batch", "Row", "fingerprint", "read_list"]
 

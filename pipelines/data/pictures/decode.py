@@ -15,14 +15,14 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from pipelines.data.colour import apply_profile, is_srgb, to_srgb
 from pipelines.data.config import FiltersConfig, ImageConfig
-from pipelines.data.containers import complaint, format_of
 from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
-from pipelines.data.phash import perceptual_hash
-from pipelines.data.resize import resize
-from pipelines.data.scratch import Scratch
+from pipelines.data.pictures.colour import apply_profile, is_srgb, to_srgb
+from pipelines.data.pictures.containers import complaint, format_of
+from pipelines.data.pictures.phash import perceptual_hash
+from pipelines.data.pictures.resize import resize
+from pipelines.data.pictures.scratch import Scratch
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {

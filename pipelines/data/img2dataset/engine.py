@@ -14,13 +14,13 @@ from typing import Any
 
 from mdm_core.errors import ConfigError, MdmError
 from pipelines.data.config import ImageConfig, RefreshConfig
-from pipelines.data.connections import tls_context
-from pipelines.data.decode import Picture, decode
 from pipelines.data.engine import Link, Result
 from pipelines.data.failure import Failure
-from pipelines.data.img2dataset_messages import download_failure, resize_failure
-from pipelines.data.img2dataset_opener import LimitedFetch, install
-from pipelines.data.links import host_of, parse_link
+from pipelines.data.fetch.connections import tls_context
+from pipelines.data.fetch.links import host_of, parse_link
+from pipelines.data.img2dataset.messages import download_failure, resize_failure
+from pipelines.data.img2dataset.opener import LimitedFetch, install
+from pipelines.data.pictures.decode import Picture, decode
 
 _RESIZE_MODES = {
     "shorter_side": "keep_ratio",

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.decode import Picture
 from pipelines.data.engine import Result
-from pipelines.data.table import SCHEMA
-from pipelines.data.video import Clip
+from pipelines.data.pictures.decode import Picture
+from pipelines.data.pictures.video import Clip
+from pipelines.data.table.sample_table import SCHEMA
 
 _SIZES = ("format", "width", "height", "original_width", "original_height", "phash")
 _CLIP = ("frames", "fps", "start_s", "duration_s")

@@ -15,11 +15,11 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from mdm_core.errors import WorkError
 from pipelines import storage
-from pipelines.data import keys
-from pipelines.data.delta import may_pass, patiently
-from pipelines.data.ledger import Ledger
-from pipelines.data.shards import WrittenShard
-from pipelines.data.table import NOTE, SampleTable, Shard
+from pipelines.data.table import keys
+from pipelines.data.table.delta import may_pass, patiently
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import NOTE, SampleTable, Shard
+from pipelines.data.table.shards import WrittenShard
 
 _MAX_TRIES = 50
 

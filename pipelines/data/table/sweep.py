@@ -3,7 +3,7 @@
 import json
 
 from pipelines import storage
-from pipelines.data.table import OUTCOMES, SampleTable
+from pipelines.data.table.sample_table import OUTCOMES, SampleTable
 
 # Longer than any refresh keeps a shard uncommitted.
 _MIN_AGE_S = 24 * 3600.0

@@ -20,8 +20,8 @@ from mdm_core.errors import ConfigError
 from pipelines.data.config import FiltersConfig, ImageConfig, VideoConfig
 from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
-from pipelines.data.phash import perceptual_hash
-from pipelines.data.video_frames import Renderer, iter_shown
+from pipelines.data.pictures.phash import perceptual_hash
+from pipelines.data.pictures.video_frames import Renderer, iter_shown
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -8,8 +8,8 @@ import aiohttp
 from aiohttp.connector import Connection
 
 from mdm_core.errors import WorkError
-from pipelines.data.addresses import AddressGuard, GuardedResolver, Lookup
 from pipelines.data.config import FetchConfig
+from pipelines.data.fetch.addresses import AddressGuard, GuardedResolver, Lookup
 
 # Lists come in no order: of the hosts of some seconds ago only the great ones come again, and each idle connection
 # is an open file.

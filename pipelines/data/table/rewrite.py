@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data import keys
 from pipelines.data.filters import CaptionFilter
-from pipelines.data.ledger import Ledger
-from pipelines.data.shards import WrittenShard, read_whole, without_pictures, write_shard
-from pipelines.data.table import Shard
-from pipelines.data.transaction import Change, Tally, transact
+from pipelines.data.table import keys
+from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.sample_table import Shard
+from pipelines.data.table.shards import WrittenShard, read_whole, without_pictures, write_shard
+from pipelines.data.table.transaction import Change, Tally, transact
 
 _FILES_AT_ONCE = 32
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mdm_core.errors import ConfigError
-from pipelines.data.batch import FAULTS, Batch, Codes, make_batch
 from pipelines.data.config import SourceConfig
-from pipelines.data.lines import MAX_LINE_BYTES, is_utf8, read_blocks
+from pipelines.data.lists.batch import FAULTS, Batch, Codes, make_batch
+from pipelines.data.lists.lines import MAX_LINE_BYTES, is_utf8, read_blocks
 
 _HEAD_LINES = 1000
 _LF, _CR, _QUOTE = b'\n\r"'

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipelines.data.config import FiltersConfig, ImageConfig, RefreshConfig
-from pipelines.data.containers import format_of
-from pipelines.data.decode import Picture, decode
 from pipelines.data.engine import Link, Result
 from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
-from pipelines.data.img2dataset_messages import download_failure, resize_failure
-from pipelines.data.img2dataset_shards import Shard
+from pipelines.data.img2dataset.messages import download_failure, resize_failure
+from pipelines.data.img2dataset.shards import Shard
+from pipelines.data.pictures.containers import format_of
+from pipelines.data.pictures.decode import Picture, decode
 
 _NO_FILTERS = FiltersConfig(min_side_px=0, max_aspect=1e9)
 # Small, and large enough for a perceptual hash.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.data.scratch import Scratch
+from pipelines.data.pictures.scratch import Scratch
 
 _LOBES = 3
 _BLOCK = 8

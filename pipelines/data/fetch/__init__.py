@@ -1,0 +1,1 @@
+"""Fetching what links of strangers point to."""

@@ -1,0 +1,1 @@
+"""img2dataset as an engine, and its shards as a source."""

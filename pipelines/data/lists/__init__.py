@@ -1,0 +1,1 @@
+"""Lists of links, read as they are."""

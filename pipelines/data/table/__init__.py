@@ -1,0 +1,1 @@
+"""The sample table: its rows, its shards, its versions."""
