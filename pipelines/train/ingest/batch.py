@@ -81,11 +81,13 @@ def pad_text(
         (B, L, D) float32 with zeros for padding, and (B, L) bool, True = real token; at least one token long.
     """
     longest = length if fill else max([1, *(min(len(caption), length) for caption in captions)])
-    text_emb = torch.zeros(len(captions), longest, width, pin_memory=pin_memory)
-    text_mask = torch.zeros(len(captions), longest, dtype=torch.bool, pin_memory=pin_memory)
+    text_emb = torch.empty(len(captions), longest, width, pin_memory=pin_memory)
+    text_mask = torch.empty(len(captions), longest, dtype=torch.bool, pin_memory=pin_memory)
+    # By numpy, in one thread. PyTorch would fill them with several: on a thread beside the training those are new ones,
+    # more threads than processors are then known to OpenMP, and each operation of the training waits to be woken up.
     rows, mask = text_emb.numpy(), text_mask.numpy()
     for row, caption in enumerate(captions):
         tokens = caption[:length]
-        rows[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = True
+        rows[row, : len(tokens)], rows[row, len(tokens) :] = tokens, 0
+        mask[row, : len(tokens)], mask[row, len(tokens) :] = True, False
     return text_emb, text_mask
