@@ -50,6 +50,22 @@ def connect(min_cpus: int = 1, min_gpus: int = 0) -> None:
             )
 
 
+def check_one_node(cpus: int, gpus: int, *, what: str) -> None:
+    """Raises ConfigError if no machine of the cluster has so many CPUs and GPUs: Ray would wait for one for ever.
+
+    Args:
+        cpus: Wanted together.
+        gpus: With them.
+        what: Keys of the configuration that ask for them.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        raise ConfigError(
+            f"{what} ask for {cpus} CPUs and {gpus} GPUs on one machine, and no machine of the Ray cluster has them; "
+            "ask for fewer, or join another cluster"
+        )
+
+
 def disconnect() -> None:
     """Leaves the cluster that `connect` joined, or ends it if it was started; one joined before stays."""
     global _connected

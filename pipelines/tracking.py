@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines.run_config import Config
@@ -29,6 +30,17 @@ class TrackingConfig(Config):
     experiment: str = Field(default="mdm", min_length=1)
     """Name of the experiment."""
 
+    @field_validator("uri")
+    @classmethod
+    def _check_secrets(cls, value: str) -> str:
+        if urlsplit(value).password:
+            # It would be printed, and kept in every checkpoint.
+            raise ValueError(
+                "there is a password in it, which does not belong into a configuration; set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL"
+            )
+        return value
+
 
 class Run:
     """One open MLflow run."""
@@ -41,7 +53,8 @@ class Run:
         """Logs a (nested) mapping as parameters with dotted names; values that stand already are left."""
         from mlflow.entities import Param
 
-        known = self._client.get_run(self.id).data.params
+        with _translated(self._tracking):
+            known = self._client.get_run(self.id).data.params
         params = [Param(k, str(v)) for k, v in _flatten(values).items() if k not in known]
         for first in range(0, len(params), _MAX_PARAMS_A_CALL):
             with _translated(self._tracking):
@@ -130,11 +143,13 @@ def open_run(
     if run_id is None:
         if parent_run_id is not None:
             own_tags["mlflow.parentRunId"] = parent_run_id
-        run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
+        with _translated(tracking):
+            run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
     else:
         _resume(client, run_id, tracking)
-        for tag, value in own_tags.items():
-            client.set_tag(run_id, tag, value)
+        with _translated(tracking):
+            for tag, value in own_tags.items():
+                client.set_tag(run_id, tag, value)
     try:
         yield Run(client, run_id, tracking)
     except BaseException as error:

@@ -4,7 +4,7 @@ An FMA is 2 FLOPs. What is computed twice to save memory is not in the figures: 
 a way of doing it spends.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,20 @@ def flops_per_picture(config: MatryoshkaConfig, *, text_tokens: int) -> Flops:
         network = build_plain_network(config)
         x_t, timestep, text_emb, text_mask = empty_inputs(config, batch=1, text_tokens=text_tokens)
         return count_flops(network, x_t, timestep, text_emb, text_mask, levels=network.levels())
+
+
+def training_flops(config: MatryoshkaConfig, *, text_tokens: int, mix: Sequence[float] | None = None) -> float:
+    """The FLOPs of a training step for one picture, on the mean.
+
+    Args:
+        config: The networks.
+        text_tokens: Tokens of a caption.
+        mix: Share of the pictures that each resolution is trained on, finest first; all have all if None.
+    """
+    sides = config.resolutions
+    whole = [flops_per_picture(config.up_to(side), text_tokens=text_tokens).forward_backward for side in sides]
+    shares = mix or (1.0,) * len(sides)
+    return sum(share * (one - inner) for share, one, inner in zip(shares, whole, [*whole[1:], 0], strict=True))
 
 
 def count_flops(network: nn.Module, *inputs: object, levels: Mapping[str, nn.Module]) -> Flops:

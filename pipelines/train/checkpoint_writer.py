@@ -77,7 +77,10 @@ class CheckpointWriter:
         def write(manifest: Manifest, copies: dict[str, State]) -> None:
             uri = checkpoint_uri(self._run_uri, stage=manifest.stage, images_seen=manifest.images_seen)
             _write(uri, manifest, copies, self._fence)
-            prune_checkpoints(self._run_uri, stage=manifest.stage, keep=self._keep)
+            # Its own, and not those of an attempt that has followed it meanwhile.
+            if self._fence is not None:
+                self._fence.check()
+            prune_checkpoints(self._run_uri, stage=manifest.stage, images_seen=manifest.images_seen, keep=self._keep)
 
         self._submit("checkpoint", manifest, tensors, write)
 
@@ -148,8 +151,10 @@ def save_checkpoint(
     return _write(uri, manifest, dict(tensors), fence)
 
 
-def prune_checkpoints(run_uri: str, *, stage: int, keep: int) -> None:
+def prune_checkpoints(run_uri: str, *, stage: int, images_seen: int, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints of a stage, all but the last of each stage before it, and halves.
+
+    The newest is that of so many images of the stage. Later ones are of before the run went back, as from damage.
 
     Halves are what an upload that was cut has left: folders without a manifest.
     """
@@ -157,6 +162,9 @@ def prune_checkpoints(run_uri: str, *, stage: int, keep: int) -> None:
     for uri in list_checkpoints(run_uri):
         numbers = stage_and_images(uri)
         assert numbers is not None
+        if numbers > (stage, images_seen):
+            _delete(uri)
+            continue
         by_stage.setdefault(numbers[0], []).append(uri)
     for index, uris in by_stage.items():
         for uri in uris[: -(keep if index == stage else 1)]:

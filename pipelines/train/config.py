@@ -39,6 +39,8 @@ class TextConfig(Config):
     """Encoder whose embeddings `mdm embed` made: minilm, open_clip:MODEL or t5:NAME."""
     max_tokens: int = Field(default=32, ge=1, le=512)
     """Tokens of a caption that are kept."""
+    precomputed: Literal[True] = True
+    """Training reads what `mdm embed` has made; it encodes no captions itself."""
     drop_prob: float = Field(default=0.1, ge=0, lt=1)
     """Share of captions left out in training, so that guidance has something to guide away from."""
 
@@ -156,6 +158,8 @@ class PreviewConfig(Config):
     """CPUs that the task asks of the cluster; with 0 it begins at once, and runs on one that others have."""
     gpus: int = Field(default=0, ge=0, le=1)
     """GPUs that it asks for; with 0 it computes on the CPU."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds after which a preview is given up."""
 
 
 class PlanConfig(Config):

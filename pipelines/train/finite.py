@@ -12,6 +12,7 @@ from mdm_core.errors import WorkError
 from pipelines.train.place import Place
 
 _MOST_NAMED = 8
+_MOST_IN_A_ROW = 100
 
 
 class AgreedError(WorkError):
@@ -33,13 +34,15 @@ class FiniteCheck:
 
     Args:
         place: This worker.
-        on_nan: `stop` raises; `skip` counts.
+        on_nan: `stop` raises; `skip` counts, and raises after a hundred in a row: such a run has diverged.
+        num_skipped: Of the stage so far.
     """
 
-    def __init__(self, place: Place, on_nan: Literal["stop", "skip"]) -> None:
+    def __init__(self, place: Place, on_nan: Literal["stop", "skip"], *, num_skipped: int = 0) -> None:
         self._place, self._on_nan = place, on_nan
         self._last: _Step | None = None
-        self.num_skipped = 0
+        self.num_skipped = num_skipped
+        self._num_in_a_row = 0
 
     def add(self, step: int, *, norm: Tensor, rows: Tensor, ids: Sequence[bytes]) -> None:
         """Takes in a step, which left the weights as they were if `norm` is not finite, and looks at the one before.
@@ -75,9 +78,11 @@ class FiniteCheck:
         if last.arrived is not None:
             last.arrived.synchronize()
         if bool(last.flags[0]):
+            self._num_in_a_row = 0
             return
         self.num_skipped += 1
-        if self._on_nan == "stop":
+        self._num_in_a_row += 1
+        if self._on_nan == "stop" or self._num_in_a_row == _MOST_IN_A_ROW:
             bad = [row.hex() for row, finite in zip(last.ids, last.flags[1:].tolist(), strict=True) if not finite]
             raise AgreedError(_message(last.step, self._gathered(bad)))
 

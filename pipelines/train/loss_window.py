@@ -17,7 +17,7 @@ class WindowMeans:
     """Means over the rows of all workers whose loss is finite."""
 
     by_resolution: list[float]
-    """Finest first."""
+    """Finest first; NaN where there was no row."""
     by_quarter: list[float]
     """Of all resolutions together, by quarter of the timesteps, least noise first; NaN where there was no row."""
     grad_norm: float
@@ -67,7 +67,7 @@ class LossWindow:
         num_resolutions = len(values) - 2 * NUM_QUARTERS - 2
         quarters = values[num_resolutions : num_resolutions + NUM_QUARTERS]
         counts = values[num_resolutions + NUM_QUARTERS : -2]
-        num_rows = max(sum(counts), 1.0)
+        num_rows = sum(counts) or float("nan")
         seconds = time.monotonic() - self._began_s
         self._clear()
         return WindowMeans(

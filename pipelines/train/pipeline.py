@@ -1,5 +1,7 @@
 """Training on Ray: one run, its stages one after the other, watched and logged from the driver."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mdm_core.errors import WorkError
+from mdm_core.errors import MdmError, WorkError
 from pipelines import cluster, storage
 from pipelines.data.table.sample_table import SampleTable
 from pipelines.text_encoder import load_text_encoder
@@ -26,7 +28,7 @@ from pipelines.train.preview import Preview
 from pipelines.train.run_lock import RunLock
 from pipelines.train.stage import RunContext
 from pipelines.train.watch import Board, Watch
-from pipelines.train.worker import train_worker
+from pipelines.train.worker import make_pictures, train_worker
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def train(config: TrainConfig) -> TrainReport:
     cluster.connect(
         min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
     )
+    if config.preview.captions:
+        cluster.check_one_node(config.preview.cpus, config.preview.gpus, what="preview.cpus and preview.gpus")
     tags = {"table": table.uri, "table_version": table.version, "rows": selection.num_rows}
     if start is not None and start.passed_over:
         tags["checkpoints_passed_over"] = "\n".join(start.passed_over)
@@ -139,7 +143,9 @@ def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> N
             except ray.train.TrainingFailedError as error:
                 raise WorkError(watch.last_error or f"training failed: {error}") from error
     finally:
-        storage.delete(notes)
+        # What was trained counts, not that a folder stays.
+        with contextlib.suppress(MdmError):
+            storage.delete(notes)
     if watch.last_error:
         raise WorkError(watch.last_error)
 
@@ -152,9 +158,13 @@ def _validation(config: TrainConfig, board: Any) -> ValidationConfig | None:
     encoder = load_text_encoder(config.text.encoder, max_tokens=config.text.max_tokens)
     fill = not config.model.matryoshka(encoder.width).networks[-1].mask_text
     text = pad_text(encoder.encode(captions), width=encoder.width, length=config.text.max_tokens, fill=fill)
-    preview = Preview(config.preview, config.seed, text, post=lambda event: ray.get(board.put.remote(event)))
-    resources = {"num_cpus": config.preview.cpus, "num_gpus": config.preview.gpus}
-    return ValidationConfig(fn=preview, ray_remote_kwargs=resources)
+    post = functools.partial(_post, board)
+    preview = Preview(config.preview, config.seed, text, run_task=make_pictures, post=post)
+    return ValidationConfig(fn=preview, ray_remote_kwargs={"num_cpus": 0})
+
+
+def _post(board: Any, event: dict[str, Any]) -> None:
+    ray.get(board.put.remote(event))
 
 
 def _report(config: TrainConfig, last: Checkpoint, *, trained: bool) -> TrainReport:

@@ -9,7 +9,7 @@ from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import build_network
 from pipelines.benchmark.activations import IN_ALL, Planned, planned_activations, planned_peaks
-from pipelines.benchmark.flops import flops_per_picture
+from pipelines.benchmark.flops import flops_per_picture, training_flops
 from pipelines.benchmark.peaks import known_cards, known_peak
 from pipelines.data.table.sample_table import SampleTable
 from pipelines.progress import Progress
@@ -222,7 +222,7 @@ def _stage_plan(
         epochs=None if rows is None else stage.num_steps * stage.global_batch_size / rows,
         images_per_pass=images_per_pass,
         passes_per_step=-(-share // images_per_pass),
-        flops_per_image=flops.forward_backward,
+        flops_per_image=round(training_flops(networks, text_tokens=config.text.max_tokens, mix=stage.resolution_mix)),
         recomputed_flops_per_image=sum(flops.forward_by_level[name] for name in chosen),
         memory=_memory(config, networks, images=images_per_pass, chosen=chosen, levels=levels)
         if config.plan.memory

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import NestedUNet, build_network
 from mdm_core.progressive import grow
 from mdm_core.unet import UNet
@@ -51,6 +52,17 @@ class RunContext:
     """Who holds the folder of the run; None where nobody else can write there."""
     selection: Selection | None = None
     """The rows that are trained on; found by each worker if empty."""
+
+
+def check_same_rows(context: RunContext, start: Checkpoint) -> None:
+    """Raises ConfigError if a checkpoint was trained on other rows than the run is about to be, as by another run."""
+    manifest = start.manifest
+    digest = context.selection.digest if context.selection is not None else manifest.selection
+    if manifest.table_version != context.table_version or manifest.selection not in ("", digest):
+        raise ConfigError(
+            f"{start.uri} was trained on other rows (version {manifest.table_version} of the table), and came after "
+            "this run had looked; run it again, and it goes on from there"
+        )
 
 
 class StageRun:
@@ -110,18 +122,21 @@ class StageRun:
             AgreedError: The gradients of a step are not finite, and the run is to stop there.
         """
         window = LossWindow(self.place, num_timesteps=self.config.model.num_timesteps)
-        finite = FiniteCheck(self.place, self.config.on_nan)
+        finite = FiniteCheck(self.place, self.config.on_nan, num_skipped=int(self.metrics.get("steps_skipped", 0)))
         waited_s = 0.0
         with self._reader() as reader:
             for batches in self._steps(reader):
                 lr = self._learning_rate()
+                # Each by itself: joined they would not be pinned any more, and the host would wait for the device.
+                timestep = torch.cat([b.timestep.to(self.place.device, non_blocking=True) for b in batches])
                 rows = self._accumulate(batches)
-                timestep = torch.cat([batch.timestep for batch in batches]).to(self.place.device)
                 norm = optimizer_step(self.state, lr=lr, max_grad_norm=self.stage.max_grad_norm)
                 window.add(rows, timestep, norm)
                 finite.add(self.state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
                 done = self.state.step == self.stage.num_steps
                 is_reported = done or self.state.step % self.config.log_every_steps == 0
+                if done:
+                    finite.check()
                 if is_reported:
                     self._report(window.take(waited_s=reader.wait_s - waited_s), lr, finite.num_skipped)
                     waited_s = reader.wait_s
@@ -224,7 +239,13 @@ class StageRun:
 
     @functools.cached_property
     def _speed(self) -> Speed:
-        return Speed(self.networks, self.place, bfloat16=self._uses_bfloat16, text_tokens=self.config.text.max_tokens)
+        return Speed(
+            self.networks,
+            self.place,
+            bfloat16=self._uses_bfloat16,
+            text_tokens=self.config.text.max_tokens,
+            mix=self.stage.resolution_mix,
+        )
 
     def _reader(self) -> BatchReader:
         data = self.config.data
@@ -272,17 +293,22 @@ class StageRun:
         loss = sum(means.by_resolution)
         self.metrics.setdefault("loss_first", loss)
         self.metrics["loss_last"] = loss
+        self.metrics["steps_skipped"] = num_skipped
         self.metrics["seconds"] = self.metrics.get("seconds", 0.0) + means.seconds
         self.metrics["images_per_s"] = self.images_seen / self.metrics["seconds"]
         self.hooks.reported(self.index, self.images_seen)
         if self.place.rank != 0:
             return
         sides = self.networks.resolutions
-        shown = {
+        measured = {
             "loss": loss,
             **{f"loss_{side}": value for side, value in zip(sides, means.by_resolution, strict=True)},
             # The first quarter has the least noise.
-            **{f"loss_quarter_{q}": v for q, v in enumerate(means.by_quarter, start=1) if not math.isnan(v)},
+            **{f"loss_quarter_{q}": value for q, value in enumerate(means.by_quarter, start=1)},
+        }
+        shown = {
+            # Without a row whose loss is finite there is none.
+            **{name: value for name, value in measured.items() if not math.isnan(value)},
             "lr": lr,
             "grad_norm": means.grad_norm,
             "steps_skipped": num_skipped,

@@ -1,16 +1,23 @@
 """What the driver of a run sees of its workers: progress, metrics and pictures."""
 
 import contextlib
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from mdm_core.errors import MdmError
 from pipelines.evaluate.grids import picture_grid
 from pipelines.progress import Progress
 from pipelines.tracking import Run, open_run
 from pipelines.train.config import TrainConfig
 
+log = logging.getLogger(__name__)
+
 _POLL_S = 0.5
+# That wait to be logged; a tracking server that is away for days loses the oldest.
+_MOST_EVENTS = 10_000
 
 
 class Board:
@@ -53,6 +60,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._pump, daemon=True)
         self._failure: BaseException | None = None
+        self._queue: deque[dict[str, Any]] = deque(maxlen=_MOST_EVENTS)
         self.last_error = ""
 
     def __enter__(self) -> "Watch":
@@ -81,17 +89,36 @@ class Watch:
             if "error" in event:
                 self.last_error = event["error"]
                 continue
-            total = self._before[event["stage"]] + event["images"]
+            if "warning" in event:
+                log.warning("%s", event["warning"])
+                continue
             if "metrics" in event:
                 self.last_error = ""  # a later attempt got past it
-                self._stage(event["stage"]).log_metrics(event["metrics"], step=event["images"])
-                self._run.log_metrics({"loss": event["metrics"]["loss"]}, step=total)
-                shown = {"stage_px": self._config.stages[event["stage"]].resolution, "loss": event["metrics"]["loss"]}
+                total = self._before[event["stage"]] + event["images"]
+                shown = {"stage_px": self._config.stages[event["stage"]].resolution, **_loss(event)}
                 self._progress.advance(total - self._progress.done, **shown)
-            if "system" in event:
-                self._run.log_metrics(event["system"], step=total)
-            if "pictures" in event:
-                self._log_pictures(event, total)
+            self._queue.append(event)
+        while self._queue:
+            try:
+                self._log(self._queue[0])
+            except MdmError as failure:
+                # The training is worth more than its curves: they are logged as soon as that can be done again.
+                if self._failure is None:
+                    log.warning("%s; training goes on, and it is tried again", failure)
+                self._failure = failure
+                return
+            self._failure = None
+            self._queue.popleft()
+
+    def _log(self, event: dict[str, Any]) -> None:
+        total = self._before[event["stage"]] + event["images"]
+        if "metrics" in event:
+            self._stage(event["stage"]).log_metrics(event["metrics"], step=event["images"])
+            self._run.log_metrics(_loss(event), step=total)
+        if "system" in event:
+            self._run.log_metrics(event["system"], step=total)
+        if "pictures" in event:
+            self._log_pictures(event, total)
 
     def _log_pictures(self, event: dict[str, Any], total: int) -> None:
         """A series a resolution in the stage's run, and one of the finest in the run of all stages."""
@@ -115,3 +142,8 @@ class Watch:
             shared = self._config.model_dump(mode="json", include={"data", "text", "model"})
             self._stages[index].log_params({"stage": stage.model_dump(mode="json"), **shared})
         return self._stages[index]
+
+
+def _loss(event: dict[str, Any]) -> dict[str, float]:
+    """The loss of all resolutions, where there was a row whose loss is finite."""
+    return {name: value for name, value in event["metrics"].items() if name == "loss"}

@@ -1,9 +1,11 @@
 """What each Ray Train worker runs: the stages that are left."""
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import ray.train.torch
@@ -11,15 +13,17 @@ import torch
 import torch.distributed
 from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
-from mdm_core.errors import MdmError
+from mdm_core.errors import MdmError, WorkError
+from pipelines.sample.generator import Pictures
 from pipelines.tracking import SystemMetrics
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, read_manifest
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.finite import AgreedError
 from pipelines.train.hooks import Hooks
 from pipelines.train.place import Place
+from pipelines.train.preview import Preview
 from pipelines.train.run_lock import take_fence
-from pipelines.train.stage import RunContext, StageRun
+from pipelines.train.stage import RunContext, StageRun, check_same_rows
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -41,8 +45,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     except MdmError as error:
         ray.get(board.put.remote({"error": str(error)}))
         # Ray would try again what can only end the same way, on a full disk for one. But where others wait for this
-        # worker, nothing else ends them.
-        if place.workers > 1 and not isinstance(error, AgreedError):
+        # worker, nothing else ends them; and an elastic run that is down to one worker is not at its end.
+        if scaling.max_workers > 1 and not isinstance(error, AgreedError):
             raise
 
 
@@ -50,6 +54,8 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
     """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
     with _writer(context) if place.rank == 0 else contextlib.nullcontext() as writer:
         start = _agreed_start(context.config.checkpoint.uri, place)
+        if start is not None:
+            check_same_rows(context, start)
         first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
         inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
         for index in range(first, len(context.config.stages)):
@@ -60,7 +66,10 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
                 stage.start_from(context.initial[index])
             elif inner is not None:
                 stage.grow_from(inner)
-            inner = stage.run()
+            # On the CPU, and nothing else of the stage, so that the next one has the device to itself.
+            inner = {name: value.cpu() for name, value in stage.run().items()}
+            del stage
+            gc.collect()
 
 
 def _agreed_start(run_uri: str, place: Place) -> Checkpoint | None:
@@ -92,7 +101,9 @@ class _RayHooks(Hooks):
         self._board.put.remote(event)
 
     def reported(self, stage: int, images: int) -> None:
-        if self._system is not None:
+        if self._system is None:
+            return
+        with contextlib.suppress(OSError, psutil.Error):
             self.post({"stage": stage, "images": images, "system": self._system.take()})
 
     def saved(self, uri: str, stage: int, images: int, wait: Callable[[], None]) -> None:
@@ -102,7 +113,9 @@ class _RayHooks(Hooks):
         notes = ray.train.get_context().get_storage()
 
         def whole(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            wait()
+            # What goes wrong here is raised where the next checkpoint is saved, and the preview finds none.
+            with contextlib.suppress(MdmError):
+                wait()
             # Ray takes nothing for a checkpoint but a folder among its own notes; this one says where the real one is.
             folder = f"{notes.experiment_fs_path}/{name}"
             notes.storage_filesystem.create_dir(folder)
@@ -125,3 +138,28 @@ class _RayHooks(Hooks):
     def preemption(self) -> str:
         info = ray.train.get_preemption_info()
         return "" if info is None else f"nodes {', '.join(info.preempted_node_ids)}"
+
+
+def make_pictures(preview: Preview, uri: str) -> dict[int, Pictures]:
+    """Has a task of its own make a preview's pictures.
+
+    Raises:
+        MdmError: There are none: of the checkpoint, or because the task came to nothing.
+    """
+    config = preview.config
+    task = ray.remote(_pictures).options(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=0).remote(preview, uri)
+    try:
+        pictures: dict[int, Pictures] = ray.get(task, timeout=config.timeout_s)
+        return pictures
+    except MdmError:
+        raise
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(task, force=True)
+        raise WorkError(f"it was not made within preview.timeout_s={config.timeout_s:g}") from error
+    except ray.exceptions.RayError as error:
+        raise WorkError(f"its task failed: {str(error).splitlines()[0]}") from error
+
+
+def _pictures(preview: Preview, uri: str) -> dict[int, Pictures]:
+    torch.set_num_threads(max(preview.config.cpus, 1))
+    return preview.pictures(uri)

@@ -179,6 +179,9 @@ def test_jobs_end_and_are_tried_again(name: str) -> None:
         assert pod["terminationGracePeriodSeconds"] > 0
         assert container["resources"]["requests"].keys() >= {"cpu", "memory", "ephemeral-storage"}
         assert container["resources"]["requests"] == container["resources"]["limits"]
+    for pod, container in pods(job) if name == "train.yaml" else []:
+        (drain,) = [one["value"] for one in container["env"] if one["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        assert 60 < int(drain) < pod["terminationGracePeriodSeconds"]
     head, *workers = pods(job)
     assert "tolerations" not in head[0]
     for pod, container in workers:

@@ -62,6 +62,8 @@ def test_of_two_workers_both_stop_and_the_one_is_named(ray_cluster: None, spoile
     named = re.findall(r"rank (\d), rows ([0-9a-f, ]+)", str(raised.value))
     assert named == [(str(place // (BATCH // 2)), row_id(SPOILED).hex())]
     assert f"the gradients of step {step} are not finite" in str(raised.value)
+    # The driver's, and one attempt's: nothing was tried again.
+    assert [file.name for file in (tmp_path / "run" / "lock").glob("*.json")] == ["00000002.json"]
 
 
 def test_steps_that_are_passed_over_are_counted_and_change_nothing(spoiled: SampleTable, tmp_path: Path) -> None:
