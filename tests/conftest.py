@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before anything imports them: no statistics are sent, and the threads of several processes do not wait for each other
 # on few cores.
@@ -14,6 +16,11 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # img2dataset imports albumentations, which looks for a newer release of itself when imported.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has what it starts in the background ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# On a machine that others use as well, drawing examples may take as long as it takes.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 # A cluster on the developer's machine is never joined.
 os.environ.pop("RAY_ADDRESS", None)
 
