@@ -204,7 +204,7 @@ def test_line_that_is_too_long_is_not_held_in_memory(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("size", [7, 64, 1 << 20])
 def test_line_that_is_too_long_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for module in ("lines", "delimited", "sources"):
-        monkeypatch.setattr(f"pipelines.data.{module}.MAX_LINE_BYTES", 40)
+        monkeypatch.setattr(f"pipelines.data.lists.{module}.MAX_LINE_BYTES", 40)
     monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", size)
     long, fits = b"http://h/b\t" + b"x" * 30, b"http://h/c\t" + b"x" * 29
     content = b"\n".join([b"http://h/a\tone", long, fits, long * 9, b"http://h/d\ttwo", long])

@@ -29,21 +29,23 @@ def test_a_reader_that_is_closed_early_leaves_no_thread(grouped: SampleTable) ->
     opened.close()
 
 
-def slow_down(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
-    """Makes every file take longer to open, as on a busy object store."""
-    at_once = storage.open_input
+def slow_down(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> list[str]:
+    """Makes every file take longer to open, as on a busy object store; returns the list of those that are opened."""
+    at_once, opened = storage.open_input, []
 
     def open_input(uri: str, *, read_ahead: bool = True) -> Any:
+        opened.append(uri)
         time.sleep(delay_s)
         return at_once(uri, read_ahead=read_ahead)
 
     monkeypatch.setattr(storage, "open_input", open_input)
+    return opened
 
 
 def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the 60 row groups and more that 21 steps ahead need, 8 are being read, each in a second."""
+    """Of the 60 row groups and more that 21 steps ahead need, 8 are being read, each from two files."""
     opened = reader(grouped, shuffle_row_groups=1, prefetch_steps=10)
-    slow_down(monkeypatch, 0.5)
+    files = slow_down(monkeypatch, 0.5)
     failures: list[BaseException] = []
 
     def consume() -> None:
@@ -56,9 +58,9 @@ def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeyp
     consumer.start()
     while len([name for name in threads() if name.startswith("read_")]) < 8:
         time.sleep(0.01)
-    began_s = time.monotonic()
     opened.close()
-    assert time.monotonic() - began_s < 4
+    # Some of the eight may have gone on to one more while this thread was not looking.
+    assert 8 <= len(files) <= 32
     consumer.join()
     assert [type(failure).__name__ for failure in failures] == ["CancelledError"]
     assert threads() == []

@@ -15,9 +15,13 @@ from pipelines.tracking import child_runs, metric_history
 from pipelines.train import pipeline
 from pipelines.train.config import TrainConfig
 from pipelines.train.pipeline import TrainReport, train
+from pipelines.train.place import Place
 from pipelines.train.run_lock import RunLock
+from pipelines.train.stage import RunContext
+from pipelines.train.worker import train_stages
 
 from .conftest import WIDTH, run_config
+from .listener import KilledError, Listener
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,16 @@ def test_any_number_of_workers_makes_the_same_steps(ray_cluster: None, table: Sa
     for history in shared:
         for name, values in alone.items():
             assert [value for _, value in history[name]] == pytest.approx([value for _, value in values], rel=2e-6)
+    # And where two go on with what one has begun.
+    checkpoint = {"uri": str(tmp_path / "resumed"), "every_images": 80}
+    config = run_config(
+        table, tmp_path, stages=stages, checkpoint=checkpoint, scaling={"workers": 2}, log_every_steps=1
+    )
+    with pytest.raises(KilledError):
+        train_stages(RunContext(config, table.version, "run"), place=Place(), hooks=Listener(die_after=12))
+    (stage,) = child_runs(config.tracking, train(config).run_id).values()
+    for name, values in alone.items():
+        assert dict(metric_history(config.tracking, stage, name)) == pytest.approx(dict(values[10:]), rel=2e-6)
 
 
 def test_mlflow_shows_a_run_with_a_child_a_stage(alone: tuple[TrainConfig, TrainReport]) -> None:
