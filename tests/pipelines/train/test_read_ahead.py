@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ def test_a_reader_that_is_closed_early_leaves_no_thread(grouped: SampleTable) ->
     opened.close()
 
 
-def slow_down(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> list[str]:
+def slow_down(monkeypatch: pytest.MonkeyPatch, wait: Callable[[], Any]) -> list[str]:
     """Makes every file take longer to open, as on a busy object store; returns the list of those that are opened."""
     at_once, opened = storage.open_input, []
 
     def open_input(uri: str, *, read_ahead: bool = True) -> Any:
         opened.append(uri)
-        time.sleep(delay_s)
+        wait()
         return at_once(uri, read_ahead=read_ahead)
 
     monkeypatch.setattr(storage, "open_input", open_input)
@@ -45,7 +46,8 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> list[str]:
 def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the 60 row groups and more that 21 steps ahead need, 8 are being read, each from two files."""
     opened = reader(grouped, shuffle_row_groups=1, prefetch_steps=10)
-    files = slow_down(monkeypatch, 0.5)
+    gate = threading.Event()
+    files = slow_down(monkeypatch, gate.wait)
     failures: list[BaseException] = []
 
     def consume() -> None:
@@ -56,11 +58,12 @@ def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeyp
 
     consumer = threading.Thread(target=consume)
     consumer.start()
-    while len([name for name in threads() if name.startswith("read_")]) < 8:
+    while len(files) < 8:
         time.sleep(0.01)
+    # Once all that waits is called off, which is the first thing that closing does.
+    threading.Timer(1.0, gate.set).start()
     opened.close()
-    # Some of the eight may have gone on to one more while this thread was not looking.
-    assert 8 <= len(files) <= 32
+    assert len(files) == 16
     consumer.join()
     assert [type(failure).__name__ for failure in failures] == ["CancelledError"]
     assert threads() == []
@@ -69,7 +72,7 @@ def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeyp
 def test_waiting_is_counted(grouped: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
     with reader(grouped, shuffle_row_groups=20, prefetch_steps=1) as opened:
         assert opened.wait_s == 0
-        slow_down(monkeypatch, 0.1)
+        slow_down(monkeypatch, lambda: time.sleep(0.1))
         found = opened.steps(0, global_batch_size=4, rank=0, workers=1)
         began_s = time.monotonic()
         next(found)

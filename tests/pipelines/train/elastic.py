@@ -1,4 +1,9 @@
-"""A run on a cluster whose machines come, go and are called back, each a raylet of its own on this host."""
+"""A run on a cluster whose machines come, go and are called back, each a raylet of its own on this host.
+
+    pytest tests/pipelines/train/elastic.py
+
+It takes about two minutes, most of them Ray's, and is no part of `make test`.
+"""
 
 import subprocess
 import sys
