@@ -1,5 +1,7 @@
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,18 @@ def test_web_is_read_and_never_written_to() -> None:
 def test_unknown_scheme_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"s3://"):
         storage.exists(uri)
+
+
+def test_of_many_who_create_a_file_one_does(tmp_path: Path) -> None:
+    """Looking first and writing then lets two in, about once in forty times."""
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(300):
+            uri, start = str(tmp_path / str(number)), threading.Barrier(8)
+
+            def create(who: int, uri: str = uri, start: threading.Barrier = start) -> bool:
+                start.wait()
+                return storage.create(uri, bytes([who]) * (who + 1))
+
+            created = list(pool.map(create, range(8)))
+            assert created.count(True) == 1
+            assert storage.read_bytes(uri) == bytes([created.index(True)]) * (created.index(True) + 1)
