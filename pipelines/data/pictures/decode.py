@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -21,7 +20,7 @@ from pipelines.data.filters import size_reason
 from pipelines.data.pictures.colour import apply_profile, is_srgb, to_srgb
 from pipelines.data.pictures.containers import complaint, format_of
 from pipelines.data.pictures.phash import perceptual_hash
-from pipelines.data.pictures.resize import resize
+from pipelines.data.pictures.resize import Pixels, resize
 from pipelines.data.pictures.scratch import Scratch
 
 _ORIENTATION_TAG = 0x0112
@@ -37,6 +36,7 @@ _TRANSPOSED = {
 _SWAPS_SIDES = {5, 6, 7, 8}
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _NUM_CHANNELS = {"RGB": 3, "GRAY": 1, "CMYK": 4}
+_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 # What `format: source` stores as it came; anything else becomes PNG, which loses nothing.
 _KEPT_FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _PNG_DEPTH_AT = 24
@@ -120,18 +120,18 @@ def _stored(body: bytes, opened: ImageFile.ImageFile, image: ImageConfig) -> Pic
     width, height = opened.size[::-1] if swaps_sides else opened.size
     target = target_size(width, height, image)
     lying = target[::-1] if swaps_sides else target
-    pixels = _decode_jpeg(body, opened, lying) if whole is None else _resize(whole, lying)
+    pixels = _decode_jpeg(body, opened, lying) if whole is None else _resize(as_array(whole), lying)
     if orientation in _TRANSPOSED:
-        pixels = pixels.transpose(_TRANSPOSED[orientation])
+        pixels = as_array(as_image(pixels).transpose(_TRANSPOSED[orientation]))
     if image.resize == "center_crop":
         pixels = center_square(pixels)
     phash = perceptual_hash(pixels)
-    if image.format == "source" and orientation == 1 and pixels.size == opened.size and _is_plain(body, opened):
+    size = pixels.shape[1], pixels.shape[0]
+    if image.format == "source" and orientation == 1 and size == opened.size and _is_plain(body, opened):
         return Picture(body, _KEPT_FORMATS[str(opened.format)], width, height, width, height, phash)
     stored_format = _KEPT_FORMATS.get(str(opened.format), "png") if image.format == "source" else image.format
-    colours = pixels if pixels.mode == "RGB" else pixels.convert("RGB")  # which would copy
-    data = encode_pixels(colours, stored_format, image.quality)
-    return Picture(data, stored_format, *pixels.size, width, height, phash)
+    data = encode_pixels(pixels, stored_format, image.quality)
+    return Picture(data, stored_format, *size, width, height, phash)
 
 
 def _first_frame(opened: ImageFile.ImageFile) -> Image.Image:
@@ -171,19 +171,22 @@ def _is_plain(body: bytes, opened: ImageFile.ImageFile) -> bool:
     )
 
 
-def _decode_jpeg(body: bytes, opened: ImageFile.ImageFile, size: tuple[int, int]) -> Image.Image:
+def _decode_jpeg(body: bytes, opened: ImageFile.ImageFile, size: tuple[int, int]) -> Pixels:
     """Returns a JPEG in sRGB at `size`, decoded no larger than needed."""
     width, height = opened.size
     factor = jpeg_factor(opened.size, size)
     is_resized = (width, height) != size
     colours = _JPEG_COLOURS[opened.mode]
-    array = jpeg_pixels(body, opened.size, factor, colours=colours, lasts=not is_resized)
+    is_halved = width >= _SPARE * size[0] and height >= _SPARE * size[1]
+    array = jpeg_pixels(body, opened.size, factor, colours=colours, smooth=not is_halved, lasts=not is_resized)
     if is_resized:
         # The last pixels of a smaller decoding lie partly outside the picture.
         array = resize(array, size, (0, 0, width / factor, height / factor))
+    profile = opened.info.get("icc_profile")
+    if is_srgb(profile, opened.mode):
+        return array
     # CMYK is stored inverted, as Adobe began it and browsers take it.
-    pixels = _as_image(255 - array if colours == "CMYK" else array)
-    return apply_profile(pixels, opened.info.get("icc_profile"))
+    return as_array(apply_profile(as_image(255 - array if colours == "CMYK" else array), profile))
 
 
 def jpeg_factor(size: tuple[int, int], wanted: tuple[int, int]) -> int:
@@ -199,8 +202,14 @@ def jpeg_factor(size: tuple[int, int], wanted: tuple[int, int]) -> int:
 
 
 def jpeg_pixels(
-    body: bytes, size: tuple[int, int], factor: int, *, colours: str = "RGB", lasts: bool = True
-) -> npt.NDArray[np.uint8]:
+    body: bytes,
+    size: tuple[int, int],
+    factor: int,
+    *,
+    colours: str = "RGB",
+    smooth: bool = True,
+    lasts: bool = True,
+) -> Pixels:
     """Returns the pixels of a JPEG, decoded at its size divided by 1, 2, 4 or 8 and rounded up.
 
     Args:
@@ -208,13 +217,15 @@ def jpeg_pixels(
         size: Its width and height.
         factor: What they are divided by.
         colours: RGB, GRAY or CMYK.
+        smooth: Whether colours stored at half the resolution are interpolated. A picture that is then made half as
+            large, or smaller, comes out no worse without.
         lasts: Whether the pixels are kept; else they last until this thread decodes the next one.
 
     Raises:
         ValueError: The file is damaged.
     """
     width, height = -(-size[0] // factor), -(-size[1] // factor)
-    options: dict[str, Any] = {"min_width": width, "min_height": height}
+    options: dict[str, Any] = {"min_width": width, "min_height": height, "fastupsample": not smooth}
     if not lasts:
         options["buffer"] = _scratch.bytes("jpeg", width * height * _NUM_CHANNELS[colours])
     try:
@@ -226,41 +237,43 @@ def jpeg_pixels(
         return simplejpeg.decode_jpeg(body, colours, strict=False, **options)
 
 
-def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if picture.size == size:
-        return picture
+def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    return pixels if pixels.shape[1::-1] == size else resize(pixels, size)
+
+
+def as_array(picture: Image.Image) -> Pixels:
+    """Returns the pixels (height, width, channels) of a picture of 8 bits a channel."""
     array = np.asarray(picture)
-    return _as_image(resize(array if array.ndim == 3 else array[..., None], size))
+    return array if array.ndim == 3 else array[..., None]
 
 
-def _as_image(array: npt.NDArray[np.uint8]) -> Image.Image:
-    height, width, channels = array.shape
-    if channels == 4:
-        return Image.frombytes("CMYK", (width, height), array.tobytes())
-    return Image.fromarray(array if channels == 3 else array[..., 0])
+def as_image(pixels: Pixels) -> Image.Image:
+    """Returns what `as_array` was given, where that was grey, RGB or CMYK."""
+    height, width, channels = pixels.shape
+    return Image.frombytes(_MODES[channels], (width, height), pixels.tobytes())
 
 
-def center_square(pixels: Image.Image) -> Image.Image:
+def center_square(pixels: Pixels) -> Pixels:
     """Returns the largest square in the middle."""
-    width, height = pixels.size
+    height, width = pixels.shape[:2]
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    return pixels.crop((left, top, left + side, top + side))
+    return pixels[top : top + side, left : left + side]
 
 
-def encode_pixels(pixels: Image.Image, image_format: str, quality: int) -> bytes:
-    """Returns RGB pixels as a jpeg, webp or png; of png the quality is no matter."""
+def encode_pixels(pixels: Pixels, image_format: str, quality: int) -> bytes:
+    """Returns pixels, grey or RGB, as a jpeg, webp or png in RGB; of png the quality is no matter."""
     if image_format == "jpeg":
         # Half the colour resolution shows in small pictures, and costs them few bytes.
-        subsampling = "444" if min(pixels.size) < _SMALL_PX else "420"
-        array = np.ascontiguousarray(pixels)
-        return bytes(simplejpeg.encode_jpeg(array, quality=quality, colorsubsampling=subsampling))
+        subsampling = "444" if min(pixels.shape[:2]) < _SMALL_PX else "420"
+        colours = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+        return bytes(simplejpeg.encode_jpeg(colours, quality=quality, colorsubsampling=subsampling))
     buffer = io.BytesIO()
+    picture = as_image(pixels).convert("RGB")
     if image_format == "webp":
-        pixels.save(buffer, "WEBP", quality=quality)
+        picture.save(buffer, "WEBP", quality=quality)
     else:
-        # Pillow would store the profile that the file came with, which these pixels no longer follow.
-        pixels.save(buffer, "PNG", icc_profile=None)
+        picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

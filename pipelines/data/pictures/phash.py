@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.data.pictures.resize import lanczos_matrix
+from pipelines.data.pictures.resize import Pixels
 from pipelines.data.table.keys import Mask
 
 Hashes: TypeAlias = npt.NDArray[np.int64]
 _Bits: TypeAlias = npt.NDArray[np.uint64]
 _SIDE = 32
 _LOW = 8
+# What RGB counts for in a grey (ITU-R BT.601).
+_GREY = {1: np.ones(1, np.float32), 3: np.array([0.299, 0.587, 0.114], np.float32)}
 # Of the lowest frequencies, the mean of the picture left out, in grey levels: less is noise, not a picture.
 _FLAT_RMS = 1.0
 # Of the same, in floats of 32 bits.
@@ -29,7 +31,7 @@ _AT_ONCE = 1 << 21
 _BLOCK = 1024
 
 
-def perceptual_hash(pixels: Image.Image) -> int | None:
+def perceptual_hash(pixels: Pixels) -> int | None:
     """Returns the DCT hash of a picture, its 64 bits as a signed number; none for a picture without any structure.
 
     The picture is made 32×32 and grey, and of its two-dimensional DCT-II the 8×8 lowest frequencies are compared with
@@ -37,14 +39,21 @@ def perceptual_hash(pixels: Image.Image) -> int | None:
     Hash Functions", 2010, section 3.2.1). The bits are those of `imagehash.phash`, but for coefficients so near the
     median that its rounding to whole grey levels decides. Of a flat picture all bits but the first would be noise, and
     flat pictures would all be near one another whatever their colours: it has no hash.
+
+    Args:
+        pixels: (height, width, channels), grey or RGB.
     """
-    grey = np.asarray(pixels.convert("L"), dtype=np.float32)
-    low = _low_frequencies(grey.shape[0]) @ grey @ _low_frequencies(grey.shape[1]).T
+    height, width, channels = pixels.shape
+    # Grey only when few numbers are left: all that is done here is linear.
+    rows = _low_frequencies(height) @ pixels.reshape(height, width * channels).astype(np.float32)
+    grey = rows.reshape(_LOW, width, channels) @ _GREY[channels]
+    low = grey @ _low_frequencies(width).T
     energy = float(np.square(low).sum() - low[0, 0] ** 2)
     if energy < (_SIDE * _FLAT_RMS) ** 2:
         return None
     # What is zero but for rounding, as most of a picture of stripes, must not be noise either.
-    is_high = low > np.median(low) + _ROUNDING
+    middle = np.sort(low, axis=None)[_LOW * _LOW // 2 - 1 : _LOW * _LOW // 2 + 1].mean()
+    is_high = low > middle + _ROUNDING
     return int(np.packbits(is_high).view(">i8")[0])
 
 
@@ -54,7 +63,9 @@ def _low_frequencies(length: int) -> npt.NDArray[np.float32]:
     frequency, place = np.mgrid[0:_LOW, 0:_SIDE]
     dct = np.cos(np.pi * frequency * (place + 0.5) / _SIDE) * np.sqrt(2 / _SIDE)
     dct[0] /= np.sqrt(2)
-    return (dct @ lanczos_matrix(length, _SIDE)).astype(np.float32)
+    # What becomes of a picture of one bright column, for each column, is the matrix.
+    columns = Image.fromarray(np.eye(length, dtype=np.float32))
+    return (dct @ np.asarray(columns.resize((_SIDE, length), Image.Resampling.LANCZOS)).T).astype(np.float32)
 
 
 class HashIndex:

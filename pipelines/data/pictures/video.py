@@ -14,13 +14,13 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 
 from mdm_core.errors import ConfigError
 from pipelines.data.config import FiltersConfig, ImageConfig, VideoConfig
 from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
 from pipelines.data.pictures.phash import perceptual_hash
+from pipelines.data.pictures.resize import Pixels
 from pipelines.data.pictures.video_frames import Renderer, iter_shown
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _Stretch:
         """Whether no frame is lacking."""
         return len(self.frames) == self.num_frames
 
-    def add(self, data: bytes, pixels: Image.Image) -> None:
+    def add(self, data: bytes, pixels: Pixels) -> None:
         """Takes the next frame, if one is lacking."""
         if self.is_full:
             return

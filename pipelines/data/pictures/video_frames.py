@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.data.config import ImageConfig, VideoConfig
-from pipelines.data.pictures.decode import center_square, encode_pixels, target_size
+from pipelines.data.pictures.decode import as_array, as_image, center_square, encode_pixels, target_size
+from pipelines.data.pictures.resize import Pixels
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -145,17 +146,17 @@ class Renderer:
         self._target = target_size(width, height, image)
         self.shown_width, self.shown_height = (height, width) if matrix in _SWAPS_SIDES else (width, height)
         self.stored_size = (0, 0)
-        self._last: tuple[VideoFrame, bytes, Image.Image] | None = None
+        self._last: tuple[VideoFrame, bytes, Pixels] | None = None
 
-    def render(self, frame: "VideoFrame") -> tuple[bytes, Image.Image]:
+    def render(self, frame: "VideoFrame") -> tuple[bytes, Pixels]:
         """Returns a frame as it is stored, and its pixels."""
         if self._last is None or self._last[0] is not frame:
             pixels = self._pixels(frame)
-            self.stored_size = pixels.size
+            self.stored_size = (pixels.shape[1], pixels.shape[0])
             self._last = (frame, encode_pixels(pixels, self._image.format, self._image.quality), pixels)
         return self._last[1:]
 
-    def _pixels(self, frame: "VideoFrame") -> Image.Image:
+    def _pixels(self, frame: "VideoFrame") -> Pixels:
         width, height = self._target
         rgb = self._reformatter.reformat(
             frame,
@@ -166,9 +167,9 @@ class Renderer:
             threads=1,
             **_colours(frame),
         )
-        pixels = Image.fromarray(rgb.to_ndarray())
+        pixels: Pixels = np.asarray(rgb.to_ndarray(), np.uint8)
         if self._transposed is not None:
-            pixels = pixels.transpose(self._transposed)
+            pixels = as_array(as_image(pixels).transpose(self._transposed))
         if self._image.resize == "center_crop":
             pixels = center_square(pixels)
         return pixels
