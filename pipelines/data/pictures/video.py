@@ -14,7 +14,6 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-
 from mdm_core.errors import ConfigError
 from pipelines.data.config import FiltersConfig, ImageConfig, VideoConfig
 from pipelines.data.failure import Failure
