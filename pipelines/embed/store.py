@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
-from pipelines.data.table.sample_table import SampleTable, Shard, open_parquet, row_group_sizes
+from pipelines.data.table.sample_table import SampleTable, Shard, open_parquet, read_row_range
 
 Embedding: TypeAlias = NDArray[np.float16]
 
@@ -113,9 +113,7 @@ class EmbeddingStore:
         with open_parquet(uri, fix) as file:
             if file.metadata.num_rows != shard.num_rows:
                 raise WorkError(f"{uri} holds {file.metadata.num_rows} rows, wanted {shard.num_rows} rows; {fix}")
-            starts = np.cumsum([0, *row_group_sizes(file)])
-            begin, end = np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, first + count, "left")
-            rows = file.read_row_groups(range(begin, end), use_threads=False).slice(first - starts[begin], count)
+            rows = read_row_range(file, None, first, count)
         lengths = rows["num_tokens"].to_numpy()
         values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if len(values) != int(lengths.sum()) * self.width:

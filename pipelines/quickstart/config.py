@@ -156,5 +156,5 @@ def _stage(resolution: int, images: int) -> training.StageConfig:
         warmup_images=1_600,
         loss_weighting="v",
         decay="linear",
-        ema_length=0.1,
+        ema=0.1,
     )

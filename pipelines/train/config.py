@@ -39,8 +39,9 @@ class TextConfig(Config):
     """Encoder whose embeddings `mdm embed` made: minilm, open_clip:MODEL or t5:NAME."""
     max_tokens: int = Field(default=32, ge=1, le=512)
     """Tokens of a caption that are kept."""
-    precomputed: Literal[True] = True
-    """Training reads what `mdm embed` has made; it encodes no captions itself."""
+    precomputed: bool = True
+    """Whether training reads what `mdm embed` has made; if not, each worker holds the encoder, and encodes the captions
+    as it reads them: nothing to make first, and all of it again in each epoch."""
     drop_prob: float = Field(default=0.1, ge=0, lt=1)
     """Share of captions left out in training, so that guidance has something to guide away from."""
 
@@ -76,7 +77,7 @@ class StageConfig(Config):
     new network."""
     freeze_inner_images: int = Field(default=0, ge=0)
     """Images over which the networks inside the stage's new one keep their weights."""
-    ema_length: float = Field(default=0.1, gt=0, lt=0.28)
+    ema: float = Field(default=0.1, gt=0, lt=0.28)
     """Length of the average of the weights, as a share of the stage."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from mdm_core.errors import ConfigError
 from pipelines import storage
 from pipelines.data.table.sample_table import SampleTable
-from pipelines.embed.store import EmbeddingStore
+from pipelines.embed.live import Embeddings, open_embeddings
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.ingest.selection import Selection, select_rows
@@ -46,7 +46,7 @@ def check_same_run(config: TrainConfig, start: Checkpoint) -> None:
     _check_snapshots(config, start)
 
 
-def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, EmbeddingStore, Selection]:
+def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTable, Embeddings, Selection]:
     """The table of a run, at the version of its checkpoint if it has one, its embeddings, and the rows to train on.
 
     Raises:
@@ -62,7 +62,8 @@ def open_table(config: TrainConfig, start: Checkpoint | None) -> tuple[SampleTab
             f"{start.uri} was trained on: files of the table have changed; restore them, or give the run another "
             "checkpoint.uri"
         )
-    store = EmbeddingStore.open(table, config.text.encoder, max_tokens=config.text.max_tokens)
+    text = config.text
+    store = open_embeddings(table, text.encoder, max_tokens=text.max_tokens, precomputed=text.precomputed)
     config.model.matryoshka(store.width)
     return table, store, selection
 

@@ -18,7 +18,7 @@ from mdm_core.nested_unet import NestedUNet, build_network
 from mdm_core.progressive import grow
 from mdm_core.unet import UNet
 from pipelines.data.table.sample_table import SampleTable
-from pipelines.embed.store import EmbeddingStore
+from pipelines.embed.live import open_embeddings
 from pipelines.train.checkpoint import Checkpoint, Manifest, State, checkpoint_uri
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.config import TrainConfig
@@ -83,7 +83,14 @@ class StageRun:
         self.context, self.index, self.place, self.hooks, self.writer = context, index, place, hooks, writer
         self.config, self.stage = context.config, context.config.stages[index]
         self.table = SampleTable.open(self.config.data.table, context.table_version)
-        self.store = EmbeddingStore.open(self.table, self.config.text.encoder, max_tokens=self.config.text.max_tokens)
+        text = self.config.text
+        self.store = open_embeddings(
+            self.table,
+            text.encoder,
+            max_tokens=text.max_tokens,
+            precomputed=text.precomputed,
+            device=str(place.device),
+        )
         self.selection = context.selection or select_rows(self.table, self.config.data.where)
         self.networks = self.config.model.matryoshka(self.store.width).up_to(self.stage.resolution)
         self.schedule = self.config.model.noise_schedule()
@@ -220,7 +227,7 @@ class StageRun:
         return new_state(
             network,
             weight_decay=self.stage.weight_decay,
-            ema_length=self.stage.ema_length,
+            ema_length=self.stage.ema,
             average_lengths=EMA_LENGTHS if keeps_snapshots else (),
         )
 

@@ -31,7 +31,7 @@ def test_a_recipe_trains_the_published_network_stage_by_stage(side: int) -> None
         assert stage.warmup_images == 10_000 * stage.global_batch_size
         assert (stage.lr, stage.max_grad_norm, stage.loss_weighting) == (5e-5, 2.0, "eps")
         # The power function of relative length s spans s × steps; 0.9999 a step spans 10,000 steps.
-        assert stage.ema_length * stage.num_steps == pytest.approx(10_000, rel=0.07)
+        assert stage.ema * stage.num_steps == pytest.approx(10_000, rel=0.07)
 
 
 def test_the_dry_run_counts_what_the_reference_code_has(capsys: pytest.CaptureFixture[str]) -> None:

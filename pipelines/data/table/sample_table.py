@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, QueryBuilder, Schema
@@ -227,6 +228,14 @@ def row_group_sizes(file: pq.ParquetFile) -> list[int]:
     return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
 
 
+def read_row_range(file: pq.ParquetFile, columns: list[str] | None, first: int, count: int) -> pa.Table:
+    """Returns `count` rows of a Parquet file from row `first` on; no more is read than the row groups they are in."""
+    starts = np.cumsum([0, *row_group_sizes(file)])
+    begin, end = np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, first + count, "left")
+    rows = file.read_row_groups(range(begin, end), columns=columns, use_threads=False)
+    return rows.slice(first - starts[begin], count)
+
+
 @contextlib.contextmanager
 def open_parquet(uri: str, fix: str) -> Iterator[pq.ParquetFile]:
     """Yields a Parquet file, to read some of its row groups and columns.
@@ -270,6 +279,8 @@ def encode_shard(rows: pa.Table) -> bytes:
         compression="zstd",
         # Statistics of the pictures would copy the largest and the smallest of them.
         use_dictionary=["source", "reason", "format", "language"],
-        write_statistics=["width", "height", "original_width", "original_height", "fetched_at", "clip_similarity"],
+        write_statistics=[
+            *("width", "height", "original_width", "original_height", "fetched_at", "clip_similarity", "fps"),
+        ],
     )
     return buffer.getvalue()

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from mdm_core.errors import ConfigError
 from pipelines.data.table.sample_table import SampleTable
-from pipelines.embed.store import EmbeddingStore
+from pipelines.embed.live import Embeddings
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.ingest.draft import BatchShape, Draft
 from pipelines.train.ingest.draws import Crop, Draws
@@ -39,7 +39,7 @@ class BatchReader:
     def __init__(
         self,
         table: SampleTable,
-        store: EmbeddingStore,
+        store: Embeddings,
         selection: Selection,
         *,
         resolutions: tuple[int, ...],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
 
@@ -24,6 +25,8 @@ from pipelines.data.table.sample_table import SampleTable, Shard, row_group_size
 
 _READ_THREADS = 16
 _PICTURES = ("image", "frames")
+_CLIP = "fps"
+"""A column that clips have, and pictures have not."""
 _UNKNOWN_COLUMN = re.compile(r'No field named "?(?:samples\.)?"?(.+?)"?\.(?:\s|$)')
 # What is quoted names no function.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
@@ -104,7 +107,7 @@ def select_rows(table: SampleTable, where: str | None = None) -> Selection:
         where: An SQL expression over its columns but the pictures; None takes all rows.
 
     Raises:
-        ConfigError: The expression is wrong, or no row is chosen.
+        ConfigError: The expression is wrong, no row is chosen, or one that is a clip.
         WorkError: The table can't be read.
     """
     shards = table.shards("ok")
@@ -113,9 +116,11 @@ def select_rows(table: SampleTable, where: str | None = None) -> Selection:
     wanted = None if where is None else _ids_where(table, where)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         found = list(pool.map(lambda shard: _chosen_of(table, shard, wanted), shards))
+    num_clips = sum(clips for _, _, clips in found)
     if wanted is None:
-        return Selection(shards, [sizes for sizes, _ in found])
-    chosen = np.concatenate([mask for _, mask in found])
+        _check_clips(table, where, num_clips)
+        return Selection(shards, [sizes for sizes, _, _ in found])
+    chosen = np.concatenate([mask for _, mask, _ in found])
     if chosen.sum() != len(wanted):
         raise WorkError(
             f"data.where={where!r} is true of {len(wanted):,} rows of {table.uri} at version {table.version}, whose "
@@ -126,11 +131,22 @@ def select_rows(table: SampleTable, where: str | None = None) -> Selection:
             f"data.where={where!r} is true of none of the {len(chosen):,} ok rows of {table.uri} at version "
             f"{table.version}; loosen it"
         )
-    return Selection(shards, [sizes for sizes, _ in found], chosen)
+    if num_clips:
+        _check_clips(table, where, int((keys.find(wanted, _ids_where(table, f"{_CLIP} is not null")) >= 0).sum()))
+    return Selection(shards, [sizes for sizes, _, _ in found], chosen)
 
 
-def _chosen_of(table: SampleTable, shard: Shard, wanted: keys.Keys | None) -> tuple[list[int], NDArray[np.bool_]]:
-    """The sizes of a shard's row groups, and which of its rows are among the sorted ids that are wanted."""
+def _check_clips(table: SampleTable, where: str | None, num_clips: int) -> None:
+    if num_clips:
+        fix = f"{_CLIP} is null" if where is None else f"({where}) and {_CLIP} is null"
+        raise ConfigError(
+            f"{num_clips:,} of the rows of {table.uri} at version {table.version} that data.where={where!r} chooses "
+            f"are clips, which have frames in the place of a picture; leave them out: data.where={fix!r}"
+        )
+
+
+def _chosen_of(table: SampleTable, shard: Shard, wanted: keys.Keys | None) -> tuple[list[int], NDArray[np.bool_], int]:
+    """The sizes of a shard's row groups, which of its rows are among the sorted ids that are wanted, and its clips."""
     with table.open_shard(shard) as file:
         sizes = row_group_sizes(file)
         if sum(sizes) != shard.num_rows:
@@ -138,10 +154,24 @@ def _chosen_of(table: SampleTable, shard: Shard, wanted: keys.Keys | None) -> tu
                 f"{storage.join(table.uri, shard.path)} holds {sum(sizes)} rows, wanted {shard.num_rows} as the "
                 "table's log says; restore it, or use another version of the table"
             )
+        num_clips = _num_values(file, _CLIP)
         if wanted is None:
-            return sizes, np.ones(0, bool)
+            return sizes, np.ones(0, bool), num_clips
         ids = keys.from_column(file.read(columns=["id"], use_threads=False)["id"])
-    return sizes, keys.find(wanted, ids) >= 0
+    return sizes, keys.find(wanted, ids) >= 0, num_clips
+
+
+def _num_values(file: pq.ParquetFile, name: str) -> int:
+    """Values of a column that are not null; 0 where a file has no such column."""
+    names = [file.metadata.schema.column(index).path for index in range(file.metadata.num_columns)]
+    if name not in names:
+        return 0
+    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    counted = [group.column(names.index(name)).statistics for group in groups]
+    if any(statistics is None for statistics in counted):
+        column = file.read(columns=[name], use_threads=False)[name]
+        return len(column) - column.null_count
+    return sum(group.num_rows - statistics.null_count for group, statistics in zip(groups, counted, strict=True))
 
 
 def _ids_where(table: SampleTable, where: str) -> keys.Keys:

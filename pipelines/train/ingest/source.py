@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mdm_core.errors import WorkError
 from pipelines import storage
 from pipelines.data.table.sample_table import SampleTable
-from pipelines.embed.store import Embedding, EmbeddingStore
+from pipelines.embed.live import Embeddings
+from pipelines.embed.store import Embedding
 from pipelines.train.ingest.decode import decode_square
 from pipelines.train.ingest.selection import RowGroup, Selection
 
@@ -48,7 +49,7 @@ class RowGroupSource:
     """Reads row groups in the background, and holds the last ones that were asked for."""
 
     def __init__(
-        self, table: SampleTable, store: EmbeddingStore, selection: Selection, *, executor: Executor, num_held: int
+        self, table: SampleTable, store: Embeddings, selection: Selection, *, executor: Executor, num_held: int
     ) -> None:
         """Takes where to read, who reads, and how many row groups are held beside those still in use."""
         self._table, self._store, self._selection = table, store, selection

@@ -177,7 +177,7 @@ def test_a_training_keeps_snapshots_that_give_its_own_average(table: SampleTable
     """The averages in a checkpoint are kept step by step; those of `mdm ema` come from the snapshots."""
     snapshots = {"uri": str(tmp_path / "run"), "every_images": 32, "keep": 1, "ema_snapshots_every_images": 24}
     stages = [
-        {"resolution": 8, "images": 160, "global_batch_size": 8, "lr": 2e-3, "ema_length": 0.15},
+        {"resolution": 8, "images": 160, "global_batch_size": 8, "lr": 2e-3, "ema": 0.15},
         {"resolution": 16, "images": 40, "global_batch_size": 8, "lr": 2e-3},
     ]
     config = run_config(table, tmp_path, stages=stages, checkpoint=snapshots)

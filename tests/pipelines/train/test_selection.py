@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import WriterProperties, write_deltalake
+from deltalake import ColumnProperties, WriterProperties, write_deltalake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,13 +40,17 @@ def make_row(number: int, outcome: str = "ok") -> Row:
     }
 
 
-def append(uri: Path, rows: list[Row], row_group_rows: int = 1000) -> None:
+def append(uri: Path, rows: list[Row], row_group_rows: int = 1000, *, statistics: bool = True) -> None:
     write_deltalake(
         str(uri),
         pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, pa.field("score_sharp", pa.float32())])),
         mode="append",
         partition_by=["outcome"],
-        writer_properties=WriterProperties(max_row_group_size=row_group_rows),
+        writer_properties=WriterProperties(
+            max_row_group_size=row_group_rows,
+            statistics_truncate_length=16,
+            default_column_properties=ColumnProperties(statistics_enabled="PAGE" if statistics else "NONE"),
+        ),
     )
 
 
@@ -112,6 +116,25 @@ def test_rows_that_are_not_ok_are_never_chosen(scored: SampleTable) -> None:
     assert sorted(chosen_ids(scored, everything)) == [number.to_bytes(16, "big") for number in range(90)]
     assert everything.rows_per_group.tolist().count(30) == 1
     assert sorted(everything.rows_per_group.tolist()) == [6, 8, 8, 8, 14, 16, 30]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_clips_are_refused_before_they_are_read(tmp_path: Path, statistics: bool) -> None:
+    rows = [make_row(number) for number in range(20)]
+    for row in rows[::5]:
+        row |= {"image": None, "frames": [b"frame"] * 4, "fps": 8.0}
+    uri = tmp_path / "table"
+    ensure_table(str(uri), ["score_sharp"])
+    append(uri, rows[:12], statistics=statistics)
+    append(uri, rows[12:], statistics=statistics)
+    table = SampleTable.open(str(uri))
+    with pytest.raises(ConfigError, match=r"4 of the rows .* are clips.*leave them out: data\.where='fps is null'"):
+        select_rows(table)
+    with pytest.raises(ConfigError, match=r"2 of the rows .*data\.where=.\(caption like '%1%'\) and fps is null"):
+        select_rows(table, "caption like '%1%'")
+    assert select_rows(table, "(caption like '%1%') and fps is null").num_rows == 9
+    assert select_rows(table, "caption like '%7'").num_rows == 2
+    assert select_rows(table, "fps is null").num_rows == 16
 
 
 def test_equal_rows_have_an_equal_digest_and_others_another(scored: SampleTable) -> None:
