@@ -128,17 +128,6 @@ def guarded(prog: str, whole: Callable[[], dict[str, Any]], *, as_json: bool) ->
     return code
 
 
-def with_switch(words: Sequence[str], switch: str, flag: str) -> list[str]:
-    """The words with `switch`, which stands without a value, as `--flag true`; given a value, it keeps that."""
-    spelt = list(words)
-    for at, word in enumerate(spelt):
-        if word == switch:
-            has_value = spelt[at + 1 : at + 2] in (["true"], ["false"])
-            spelt[at : at + 1] = [f"--{flag}"] if has_value else [f"--{flag}", "true"]
-            break
-    return spelt
-
-
 def say(text: str, *, to: TextIO | None = None) -> None:
     """Prints a text, on stdout if `to` is None; a reader that has gone away, as in `mdm … | head`, is no fault."""
     stream = to or sys.stdout

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.cli import run_job, with_switch
+from jobs.cli import run_job
 from pipelines.data.config import RefreshConfig
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ CONFIG = RefreshConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code; `--prune` is short for `--run.prune true`."""
-    words = with_switch(sys.argv[1:] if argv is None else argv, "--prune", "run.prune")
+    """Runs the command and returns its exit code; `--prune` is short for `--run.prune`."""
+    words = ["--run.prune" if word == "--prune" else word for word in (sys.argv[1:] if argv is None else argv)]
     return run_job("refresh", words, CONFIG, _run)
 
 

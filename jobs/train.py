@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.cli import run_job, with_switch
+from jobs.cli import run_job
 from pipelines.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -15,9 +15,8 @@ CONFIG = TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code; `--dry-run` is short for `--dry_run true`."""
-    words = with_switch(sys.argv[1:] if argv is None else argv, "--dry-run", "dry_run")
-    return run_job("train", words, CONFIG, _run)
+    """Runs the command and returns its exit code."""
+    return run_job("train", argv, CONFIG, _run)
 
 
 def _run(config: TrainConfig) -> "TrainReport | TrainPlan":

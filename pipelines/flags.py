@@ -1,13 +1,15 @@
 """The dotted flags of a command: one for every field of its configuration, `--section.key VALUE`.
 
 tyro parses them and writes the help page. A value is written as in a YAML file, and is only text here: what
-it may be is said by the configuration class, once, for files and flags alike.
+it may be is said by the configuration class, once, for files and flags alike. What is true or false may stand without a
+value, and is true then.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -47,7 +49,8 @@ def parse_flags(
         ("json", _switch("Print the result as one JSON object, the last line on stdout."), _default(False)),
     ]
     whole = dataclasses.make_dataclass(prog.split()[-1], [*options, *_fields_of(mirror)])
-    parsed, unknown = _run_tyro(whole, argv, prog=prog, description=description)
+    switches = {dotted(path) for path, kind in kinds.items() if kind is bool}
+    parsed, unknown = _run_tyro(whole, _with_values(argv, switches), prog=prog, description=description)
     if unknown:
         raise ConfigError(_unknown_message(unknown, [f"--{name}" for name in (*paths, "config", "json")]))
     given: dict[Path, Value] = {}
@@ -60,6 +63,16 @@ def parse_flags(
     if problems:
         raise ConfigError("\n".join(problems))
     return given
+
+
+def _with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """The words with `true` behind each flag that is true or false and stands without a value."""
+    words = []
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        words.append(word)
+        if word.startswith("--") and word[2:].replace("-", "_") in switches and following.startswith("--"):
+            words.append("true")
+    return words
 
 
 def config_file_of(argv: Sequence[str]) -> str | None:

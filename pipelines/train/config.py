@@ -198,7 +198,7 @@ class TrainConfig(Config):
     """What a step does whose gradients are not finite: end the run and name the rows, or leave the weights as they
     are and be counted."""
     dry_run: bool = False
-    """Whether nothing is trained or written, and only what the run takes is worked out; `--dry-run` is enough."""
+    """Whether nothing is trained or written, and only what the run takes is worked out."""
     plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")

@@ -160,19 +160,6 @@ def test_what_stands_first_needs_no_name(capsys, argv):
     assert "2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "spelt"),
-    [
-        (["--prune", "--table", "t"], ["--run.prune", "true", "--table", "t"]),
-        (["--table", "t", "--prune"], ["--table", "t", "--run.prune", "true"]),
-        (["--prune", "false"], ["--run.prune", "false"]),
-        (["--table", "t"], ["--table", "t"]),
-    ],
-)
-def test_a_switch_needs_no_value(words, spelt):
-    assert cli.with_switch(words, "--prune", "run.prune") == spelt
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_work_with_130_and_one_line(number):
     code = (

@@ -263,3 +263,41 @@ def test_help_shows_every_field_with_its_docstring_and_default(yaml_file, capsys
     assert "--workers INT|auto How many. (default: auto)" in page
     assert "--pair [INT, INT] From and to. (default: [1, 2])" in page
     assert "--limit INT|null At most. (default: null)" in page
+
+
+class Polite(Config):
+    """A section with a switch."""
+
+    asks_first: bool = False
+    """Whether."""
+
+
+class Switched(Config):
+    """A configuration with switches."""
+
+    uri: str = "u"
+    """Where."""
+    section: Polite = Polite()
+    quick: bool = False
+    """Whether."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--quick"], (True, False)),
+        (["--quick", "--uri", "v"], (True, False)),
+        (["--section.asks-first", "--quick"], (True, True)),
+        (["--section.asks_first", "--quick", "false"], (False, True)),
+        (["--quick=true", "--section.asks-first", "true"], (True, True)),
+        ([], (False, False)),
+    ],
+)
+def test_what_is_true_or_false_needs_no_value(argv: list[str], wanted: tuple[bool, bool]) -> None:
+    config = load_config(Switched, argv, prog="mdm x", description="")
+    assert (config.quick, config.section.asks_first) == wanted
+
+
+def test_other_flags_need_one() -> None:
+    with pytest.raises(ConfigError, match="--uri"):
+        load_config(Switched, ["--uri", "--quick"], prog="mdm x", description="")

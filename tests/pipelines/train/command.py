@@ -13,13 +13,12 @@ import psutil
 from pipelines.run_config import dump_config
 from pipelines.train.config import TrainConfig
 
-_PATIENCE_S = 90.0
-
 
 class Command:
     """`mdm train` in a process of its own, and all that it starts."""
 
-    def __init__(self, config: TrainConfig, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, environment: Mapping[str, str], *, patience_s: float) -> None:
+        self._patience_s = patience_s
         path = folder / "train.yaml"
         path.write_text(dump_config(config))
         self._log = folder / "train.log"
@@ -35,7 +34,7 @@ class Command:
 
     def wait_until(self, condition: Callable[[], bool], *, every_s: float = 0.2) -> None:
         """Returns when something has come to be, which the command must live to see; looks `every_s` seconds."""
-        deadline_s = time.monotonic() + _PATIENCE_S
+        deadline_s = time.monotonic() + self._patience_s
         while not condition():
             self._look()
             assert self._process.poll() is None, self._log.read_text()[-3000:]
@@ -64,7 +63,7 @@ class Command:
 
     def result(self) -> int:
         """Waits for the end; returns the exit code."""
-        return self._process.wait(_PATIENCE_S)
+        return self._process.wait(self._patience_s)
 
     def _look(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -79,9 +78,9 @@ def _title(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def started(config: TrainConfig, folder: Path, **environment: str) -> Iterator[Command]:
-    """Runs the command; whatever is left of it ends with the block."""
-    command = Command(config, folder, environment)
+def started(config: TrainConfig, folder: Path, *, patience_s: float = 90.0, **environment: str) -> Iterator[Command]:
+    """Runs the command; whatever is left of it ends with the block, which waits for nothing longer than that."""
+    command = Command(config, folder, environment, patience_s=patience_s)
     try:
         yield command
     finally:
