@@ -78,9 +78,11 @@ def _title(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def started(config: TrainConfig, folder: Path, *, patience_s: float = 90.0, **environment: str) -> Iterator[Command]:
+def started(
+    config: TrainConfig, folder: Path, *, environment: Mapping[str, str] | None = None, patience_s: float = 90.0
+) -> Iterator[Command]:
     """Runs the command; whatever is left of it ends with the block, which waits for nothing longer than that."""
-    command = Command(config, folder, environment, patience_s=patience_s)
+    command = Command(config, folder, environment or {}, patience_s=patience_s)
     try:
         yield command
     finally:

@@ -57,8 +57,8 @@ def test_machines_that_are_called_back_come_and_go(cluster: Cluster, table: Samp
         return metric_history(config.tracking, run_id, "workers")[-1][1]
 
     _, second = (cluster.add_node(num_cpus=1, object_store_memory=_MEMORY) for _ in range(2))
-    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4"}
-    with started(config, tmp_path, RAY_ADDRESS=cluster.address, **waits) as command:
+    environment = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4"}
+    with started(config, tmp_path, environment=environment) as command:
         command.wait_until(lambda: bool(saved()))
         run_id = child_runs(config.tracking, open_checkpoint(config.checkpoint.uri).manifest.run_id)["stage 8 px"]
         assert workers() == 2
