@@ -125,6 +125,10 @@ class Checkpoint:
         for name in names:
             self._verified[name] = self._read(name)
 
+    def release(self) -> None:
+        """Lets go of what `verify` has read, for whoever wants the manifest only."""
+        self._verified.clear()
+
     def _read(self, name: str) -> State:
         file = f"{name}.safetensors"
         try:

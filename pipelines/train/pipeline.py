@@ -64,6 +64,8 @@ def train(config: TrainConfig) -> TrainReport:
     config = with_absolute_places(config)
     start = latest_checkpoint(config.checkpoint.uri)
     if start is not None:
+        # The workers read it, each for itself.
+        start.release()
         check_same_run(config, start)
         if start.manifest.stage_done and start.manifest.stage == len(config.stages) - 1:
             return _report(config, start, trained=False)

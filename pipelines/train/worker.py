@@ -20,6 +20,7 @@ from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, read_manif
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.finite import AgreedError
 from pipelines.train.hooks import Hooks
+from pipelines.train.initial import InitialFile
 from pipelines.train.place import Place
 from pipelines.train.preview import Preview
 from pipelines.train.run_lock import take_fence
@@ -63,13 +64,22 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
             if start is not None and start.manifest.stage == index:
                 stage.resume(start)
             elif context.config.stages[index].init_from is not None:
-                stage.start_from(context.initial[index])
+                stage.start_from(_initial_of(context, index))
             elif inner is not None:
                 stage.grow_from(inner)
             # On the CPU, and nothing else of the stage, so that the next one has the device to itself.
             inner = {name: value.cpu() for name, value in stage.run().items()}
             del stage
             gc.collect()
+
+
+def _initial_of(context: RunContext, index: int) -> InitialFile:
+    if index not in context.initial:
+        raise WorkError(
+            f"stage {index} has to begin anew, though the run was started to go on after it: what its checkpoint held is "
+            "damaged; run it again"
+        )
+    return context.initial[index]
 
 
 def _agreed_start(run_uri: str, place: Place) -> Checkpoint | None:

@@ -262,3 +262,16 @@ def test_checkpoints_on_object_storage(bucket: str, s3_server: S3Server, tmp_pat
     other.rm_file(averages)
     with pytest.raises(CheckpointError, match=r"has lost its ema\.safetensors"):
         open_checkpoint(newest.uri).tensors("ema")
+
+
+def test_what_was_verified_is_not_read_again_until_it_is_let_go(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    save_checkpoint(run, manifest(8), state(3.0))
+    kept = latest_checkpoint(run)
+    assert kept is not None
+    for name in ("ema", "optimizer"):
+        (Path(kept.uri) / f"{name}.safetensors").unlink()
+    assert kept.tensors("ema")["w"].unique().tolist() == [3.0]
+    kept.release()
+    with pytest.raises(CheckpointError, match=r"has lost its optimizer\.safetensors"):
+        kept.tensors("optimizer")

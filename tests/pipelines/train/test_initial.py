@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mdm_core.apple_weights import save_apple_checkpoint
-from mdm_core.errors import CheckpointError, ConfigError
+from mdm_core.errors import CheckpointError, ConfigError, WorkError
 from mdm_core.model_file import save_model
 from mdm_core.nested_unet import build_network
 from pipelines import storage
@@ -167,6 +167,13 @@ def test_a_file_that_changed_after_it_was_found_is_refused(table: SampleTable, t
     with pytest.raises(CheckpointError, match=r"ema\.safetensors is damaged: its checksum is not the manifest's"):
         train_stages(context, place=Place(), hooks=Hooks())
     assert latest_checkpoint(config.checkpoint.uri) is None
+
+
+def test_a_stage_that_begins_anew_against_expectation_is_one_message(table: SampleTable, tmp_path: Path) -> None:
+    # As where the checkpoint that the run was to go on from is found damaged by the worker.
+    config = run_config(table, tmp_path, stages=[stage(8, init_from=str(tmp_path / "weights.safetensors"))])
+    with pytest.raises(WorkError, match=r"stage 0 has to begin anew.* is damaged; run it again"):
+        train_stages(RunContext(config, table.version, "run"), place=Place(), hooks=Hooks())
 
 
 def test_weights_on_object_storage(table: SampleTable, tmp_path: Path, bucket: str, s3_server: S3Server) -> None:
