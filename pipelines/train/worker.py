@@ -76,7 +76,7 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
 def _initial_of(context: RunContext, index: int) -> InitialFile:
     if index not in context.initial:
         raise WorkError(
-            f"stage {index} has to begin anew, though the run was started to go on after it: what its checkpoint held is "
+            f"stage {index} has to begin anew, though the run was started to go on after it: its checkpoint is "
             "damaged; run it again"
         )
     return context.initial[index]
