@@ -127,11 +127,13 @@ def read_bytes(uri: str) -> bytes:
 
     Raises:
         FileNotFoundError: There is none.
+        OSError: It can't be read, whatever the storage's client calls that.
     """
     if _scheme(uri) == "file":
         return _local_path(uri).read_bytes()
     filesystem, path = open_uri(uri)
-    return bytes(filesystem.cat_file(path))
+    with as_os_error():
+        return bytes(filesystem.cat_file(path))
 
 
 def open_input(uri: str, *, read_ahead: bool = True) -> pa.NativeFile:

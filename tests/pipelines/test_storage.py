@@ -115,6 +115,12 @@ def test_web_is_read_and_never_written_to() -> None:
         assert storage.fingerprint(uri) != first
         with pytest.raises(OSError, match="HTTP 404"):
             storage.fingerprint(server.url("/gone"))
+        assert storage.read_bytes(uri) == b"content"
+        server.files["/forbidden"] = server.files["/cut"] = b"content"
+        server.cut_short.add("/cut")
+        for path, message in {"/gone": "No such file", "/forbidden": "HTTP 403", "/cut": "not completed"}.items():
+            with pytest.raises(OSError, match=message):
+                storage.read_bytes(server.url(path))
     for write in (
         lambda: storage.write_bytes_atomic(uri, b""),
         lambda: storage.delete(uri),

@@ -15,6 +15,7 @@ from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write
 from tests.pipelines.data.test_refresh import configure, counts, line, rows
+from tests.pipelines.file_server import FileServer
 
 
 def urls_file(tmp_path: Path, *urls: str) -> str:
@@ -104,6 +105,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commit(ledger(uri), [write(uri, 0, ["http://h/a"])], ONCE)
     assert main(["--table", uri, "--urls", str(tmp_path / "none")]) == 2
     assert "none cannot be read: No such file" in capsys.readouterr().err
+    with FileServer() as server:
+        server.files["/forbidden"] = b"http://h/a"
+        assert main(["--table", uri, "--urls", server.url("/forbidden")]) == 2
+    assert "/forbidden cannot be read: HTTP 403 Forbidden; give a file of links" in capsys.readouterr().err
     assert main(["--table", str(tmp_path), "--urls", urls_file(tmp_path, "http://h/a")]) == 2
     assert main(["--table", uri, "--urls", urls_file(tmp_path, "http://h/a"), "--json"]) == 0
     assert '"rows_removed": 1' in capsys.readouterr().out
