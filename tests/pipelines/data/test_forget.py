@@ -11,6 +11,7 @@ from pipelines.data.forget import forget
 from pipelines.data.refresh import refresh
 from pipelines.data.table import keys
 from pipelines.data.table.commit import commit
+from pipelines.data.table.rewrite import prune
 from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write
@@ -72,6 +73,17 @@ def test_refresh_that_is_at_work_does_not_bring_the_link_back(tmp_path: Path) ->
     assert dict(tally.outcomes) == {"unchanged": 1, "ok": 1}
     assert links(uri, "ok") == ["http://h/a", "http://h/c"]
     assert "http://h/b" not in on_disk(tmp_path / "table", "url")
+
+
+def test_pruning_keeps_what_stands_for_a_forgotten_link(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a", "http://h/b"])], ONCE)
+    forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, "http://h/a")))
+    # A list at https://host/ has no file name, so its source may be called nothing, as that of such a row.
+    for source in ("", "test"):
+        prune(ledger(uri), source, keys.from_bytes(keys.link_key("http://h/c")), {})
+    found = keys.from_bytes(keys.link_key("http://h/a") + keys.link_key("http://h/b"))
+    assert ledger(uri).look_up(found)[0].tolist() == [True, False]
 
 
 def test_failed_link_is_forgotten_and_not_tried_again(tmp_path: Path) -> None:
