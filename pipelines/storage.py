@@ -12,8 +12,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import fsspec
@@ -38,6 +39,11 @@ def absolute(uri: str) -> str:
 def join(uri: str, *parts: str) -> str:
     """Returns the URI of something inside the folder `uri`."""
     return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+
+
+def file_name(uri: str) -> str:
+    """Returns the last part of a path; of a link, without what follows `?` or `#`, which in a path are letters."""
+    return PurePosixPath(urlsplit(uri).path if _scheme(uri) == "http" else uri).name
 
 
 def open_uri(uri: str) -> tuple[Any, str]:

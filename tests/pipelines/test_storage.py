@@ -130,6 +130,21 @@ def test_web_is_read_and_never_written_to() -> None:
             write()
 
 
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("lists/a#1.tsv", "a#1.tsv"),
+        ("/lists/part-?.tsv", "part-?.tsv"),
+        ("file:///lists/a%20b.tsv.gz", "a%20b.tsv.gz"),
+        ("s3://bucket/lists/a#1.tsv.zst", "a#1.tsv.zst"),
+        ("https://host/lists/a.tsv.gz?token=x/y#part", "a.tsv.gz"),
+        ("https://host/?list=1", ""),
+    ],
+)
+def test_name_of_a_file(uri: str, name: str) -> None:
+    assert storage.file_name(uri) == name
+
+
 @pytest.mark.parametrize("uri", ["", "ftp://host/file"])
 def test_unknown_scheme_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"s3://"):
