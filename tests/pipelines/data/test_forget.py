@@ -75,6 +75,19 @@ def test_refresh_that_is_at_work_does_not_bring_the_link_back(tmp_path: Path) ->
     assert "http://h/b" not in on_disk(tmp_path / "table", "url")
 
 
+def test_link_with_a_space_is_forgotten_as_it_stood_in_the_list(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a b.jpg", "http://h/a", "http://h/c\td"])], ONCE)
+    urls = urls_file(tmp_path, "http://h/a b.jpg", "http://h/c\td")
+    assert forget(ForgetConfig(table=uri, urls=urls)).rows_removed == 2
+    assert links(uri, "ok") == ["http://h/a"]
+    assert forget(ForgetConfig(table=uri, urls=urls)).already_forgotten == 2
+    # What the table does not know may be a line of a list.
+    with pytest.raises(ConfigError, match="line 1 is 'h/b'; line 2 is 'http://h/a b'; wanted"):
+        forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, "h/b", "http://h/a b", "http://h/a")))
+    assert links(uri, "ok") == ["http://h/a"]
+
+
 def test_pruning_keeps_what_stands_for_a_forgotten_link(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
     commit(ledger(uri), [write(uri, 0, ["http://h/a", "http://h/b"])], ONCE)
