@@ -12,8 +12,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import fsspec
@@ -38,6 +39,11 @@ def absolute(uri: str) -> str:
 def join(uri: str, *parts: str) -> str:
     """Returns the URI of something inside the folder `uri`."""
     return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+
+
+def file_name(uri: str) -> str:
+    """Returns the last part of a path; of a link, without what follows `?` or `#`, which in a path are letters."""
+    return PurePosixPath(urlsplit(uri).path if _scheme(uri) == "http" else uri).name
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
@@ -127,11 +133,13 @@ def read_bytes(uri: str) -> bytes:
 
     Raises:
         FileNotFoundError: There is none.
+        OSError: It can't be read, whatever the storage's client calls that.
     """
     if _scheme(uri) == "file":
         return _local_path(uri).read_bytes()
     filesystem, path = open_uri(uri)
-    return bytes(filesystem.cat_file(path))
+    with as_os_error():
+        return bytes(filesystem.cat_file(path))
 
 
 def open_input(uri: str, *, read_ahead: bool = True) -> pa.NativeFile:

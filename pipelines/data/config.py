@@ -10,6 +10,7 @@ from pipelines.run_config import Config
 from pipelines.tracking import TrackingConfig
 
 Network: TypeAlias = Annotated[str, AfterValidator(lambda text: str(ipaddress.ip_network(text)))]
+Column: TypeAlias = Annotated[int, Field(ge=0)] | str
 Range: TypeAlias = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 LanguageCode: TypeAlias = Annotated[str, AfterValidator(lambda text: _language_code(text))]
 
@@ -41,9 +42,9 @@ def _language_code(text: str) -> str:
 class ColumnsConfig(Config):
     """Where a list keeps what is read from it: the position of a column, from 0, or its name."""
 
-    url: int | str = 0
+    url: Column = 0
     """Column of the link: a position, or a name where the list has names."""
-    caption: int | str = 1
+    caption: Column = 1
     """Column of the caption: a position, or a name where the list has names."""
 
 

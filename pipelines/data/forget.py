@@ -56,8 +56,8 @@ def forget(config: ForgetConfig) -> ForgetReport:
         WorkError: The table can't be written.
     """
     SampleTable.open(config.table)
-    ids = np.unique(_read_links(config.urls))
     ledger = Ledger(config.table, now_s=time.time(), retry_failed="none")
+    ids = np.unique(_read_links(config.urls, ledger))
     num_before = 0
     doomed: list[str] = []
 
@@ -85,27 +85,36 @@ def forget(config: ForgetConfig) -> ForgetReport:
     return ForgetReport(len(ids), num_removed, num_before, num_deleted, ledger.version + 1)
 
 
-def _read_links(uri: str) -> keys.Keys:
+def _read_links(uri: str, ledger: Ledger) -> keys.Keys:
     try:
         lines = storage.read_bytes(storage.absolute(uri)).removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise ConfigError(f"urls={uri} cannot be read: {error.strerror or error}; give a file of links") from error
     found: list[bytes] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
+    spaced: list[tuple[int, str]] = []
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError:
-            faults.append(f"line {number} is not UTF-8")
+            faults.append((number, "is not UTF-8"))
             continue
         if not text:
             continue
-        if not text.lower().startswith(("http://", "https://")) or any(mark in text for mark in "\t "):
-            faults.append(f"line {number} is {text[:80]!r}")
+        if not text.lower().startswith(("http://", "https://")):
+            faults.append((number, f"is {text[:80]!r}"))
             continue
         found.append(keys.link_key(text))
+        if any(mark in text for mark in "\t "):
+            spaced.append((number, text))
+    # Links may have spaces, but a line of a list, caption and all, has them too: it is no link that the table knows.
+    is_known, _ = ledger.look_up(keys.from_bytes(b"".join(keys.link_key(text) for _, text in spaced)))
+    faults += [
+        (number, f"is {text[:80]!r}") for (number, text), known in zip(spaced, is_known, strict=True) if not known
+    ]
     if faults or not found:
-        told = "; ".join(faults[:_MAX_FAULTS_SHOWN]) or "it is empty"
+        shown = sorted(faults)[:_MAX_FAULTS_SHOWN]
+        told = "; ".join(f"line {number} {what}" for number, what in shown) or "it is empty"
         more = f"; and {len(faults) - _MAX_FAULTS_SHOWN} more" if len(faults) > _MAX_FAULTS_SHOWN else ""
         raise ConfigError(f"urls={uri}: {told}{more}; wanted one http(s) link a line; nothing was forgotten")
     return keys.from_bytes(b"".join(found))

@@ -17,9 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
@@ -100,7 +98,7 @@ def _for_every_process(config: RefreshConfig) -> RefreshConfig:
     source = source.model_copy(
         update={
             "uri": storage.absolute(source.uri),
-            "name": source.name or PurePosixPath(urlsplit(source.uri).path).name,
+            "name": source.name or storage.file_name(source.uri),
         }
     )
     if filters.exclude_hashes is not None:

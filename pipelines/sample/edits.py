@@ -85,6 +85,8 @@ def _read(field: str, uri: str) -> tuple[bytes, tuple[int, int]]:
         body = storage.read_bytes(uri)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"{field}={uri} is not a file; give a picture") from error
+    except OSError as error:
+        raise ConfigError(f"{field}={uri} can't be read: {storage.one_line(error)}; give a picture") from error
     found = decode(body, _AS_IT_IS, _ANY)
     if isinstance(found, Failure):
         raise ConfigError(f"{field}={uri} can't be read as a picture ({found.reason}); give a PNG, JPEG or WebP file")

@@ -116,6 +116,10 @@ def _read_captions(uri: str) -> list[str]:
         text = storage.read_bytes(uri).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"captions_file={uri} is not a file; give a text file with a caption a line") from error
+    except OSError as error:
+        raise ConfigError(
+            f"captions_file={uri} can't be read: {storage.one_line(error)}; give a text file with a caption a line"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"captions_file={uri} is not UTF-8 text: {error}; save it as UTF-8") from error
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -115,6 +115,12 @@ def test_web_is_read_and_never_written_to() -> None:
         assert storage.fingerprint(uri) != first
         with pytest.raises(OSError, match="HTTP 404"):
             storage.fingerprint(server.url("/gone"))
+        assert storage.read_bytes(uri) == b"content"
+        server.files["/forbidden"] = server.files["/cut"] = b"content"
+        server.cut_short.add("/cut")
+        for path, message in {"/gone": "No such file", "/forbidden": "HTTP 403", "/cut": "not completed"}.items():
+            with pytest.raises(OSError, match=message):
+                storage.read_bytes(server.url(path))
     for write in (
         lambda: storage.write_bytes_atomic(uri, b""),
         lambda: storage.delete(uri),
@@ -122,6 +128,21 @@ def test_web_is_read_and_never_written_to() -> None:
     ):
         with pytest.raises(ConfigError, match="can only be read"):
             write()
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("lists/a#1.tsv", "a#1.tsv"),
+        ("/lists/part-?.tsv", "part-?.tsv"),
+        ("file:///lists/a%20b.tsv.gz", "a%20b.tsv.gz"),
+        ("s3://bucket/lists/a#1.tsv.zst", "a#1.tsv.zst"),
+        ("https://host/lists/a.tsv.gz?token=x/y#part", "a.tsv.gz"),
+        ("https://host/?list=1", ""),
+    ],
+)
+def test_name_of_a_file(uri: str, name: str) -> None:
+    assert storage.file_name(uri) == name
 
 
 @pytest.mark.parametrize("uri", ["", "ftp://host/file"])

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -83,8 +82,8 @@ def _first_block(stream: pa.NativeFile, uri: str) -> bytes:
 
 
 def _unpacked(file: pa.NativeFile, uri: str) -> pa.NativeFile:
-    path = urlsplit(uri).path if "://" in uri else uri
+    name = storage.file_name(uri)
     for suffix, compression in _COMPRESSIONS.items():
-        if path.endswith(suffix):
+        if name.endswith(suffix):
             return pa.CompressedInputStream(file, compression)
     return file

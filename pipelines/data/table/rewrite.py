@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipelines.data.filters import CaptionFilter
 from pipelines.data.table import keys
-from pipelines.data.table.ledger import Ledger
+from pipelines.data.table.ledger import Ledger, State
 from pipelines.data.table.sample_table import Shard
 from pipelines.data.table.shards import WrittenShard, read_whole, without_pictures, write_shard
 from pipelines.data.table.transaction import Change, Tally, transact
@@ -46,12 +46,16 @@ def recaption(ledger: Ledger, captions: Mapping[bytes, str], judge: CaptionFilte
 
 
 def prune(ledger: Ledger, source_name: str, ids: keys.Keys, note: Mapping[str, object]) -> int:
-    """Takes the rows of a source whose links are not among `ids` out of the table, and returns how many."""
+    """Takes the rows of a source whose links are not among `ids` out of the table, and returns how many.
+
+    What stands for a link that was forgotten stays, or the link would be new to the next refresh.
+    """
     listed = np.unique(ids)
     gone = [keys.empty()]
     for _, rows in ledger.each_shard(["id", "source"]):
         own = keys.from_column(rows.filter(pc.equal(rows["source"], source_name))["id"])
-        gone.append(own[keys.find(listed, own) < 0])
+        is_forgotten = ledger.look_up(own)[1]["state"] == State.FORGOTTEN
+        gone.append(own[(keys.find(listed, own) < 0) & ~is_forgotten])
     num_dropped = 0
     for some in _by_files(ledger, np.concatenate(gone)):
 

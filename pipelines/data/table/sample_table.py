@@ -61,6 +61,7 @@ IMAGE_COLUMNS = (
 )
 
 
+_RESTORE = "restore it, or use another version of the table"
 # Those that every table has had; later ones are added to a table that lacks them.
 _FIRST_COLUMNS = SCHEMA.names[: SCHEMA.names.index("language")]
 
@@ -130,6 +131,7 @@ class SampleTable:
 
         Raises:
             ConfigError: There is no such column.
+            WorkError: The file is missing or damaged.
         """
         names = list(self.schema.names if columns is None else columns)
         unknown = [name for name in names if name not in self.schema.names]
@@ -148,9 +150,7 @@ class SampleTable:
         Raises:
             WorkError: It is missing or damaged.
         """
-        with open_parquet(
-            storage.join(self.uri, shard.path), "restore it, or use another version of the table"
-        ) as file:
+        with open_parquet(storage.join(self.uri, shard.path), _RESTORE) as file:
             yield file
 
     def query(self, sql: str) -> pa.RecordBatchReader:
@@ -255,12 +255,20 @@ def open_parquet(uri: str, fix: str) -> Iterator[pq.ParquetFile]:
 
 
 def read_rows(table_uri: str, path: str, columns: Sequence[str], schema: pa.Schema = SCHEMA) -> pa.Table:
-    """Returns the columns of one file of a table, in the order of the file; nulls for those that it lacks."""
-    with storage.open_input(storage.join(table_uri, path)) as file:
-        parquet = pq.ParquetFile(file)
-        there = set(parquet.schema_arrow.names)
-        rows = parquet.read(columns=[name for name in columns if name in there])
-        num_rows = parquet.metadata.num_rows
+    """Returns the columns of one file of a table, in the order of the file; nulls for those that it lacks.
+
+    Raises:
+        WorkError: The file is missing or damaged.
+    """
+    uri = storage.join(table_uri, path)
+    try:
+        with storage.open_input(uri) as file:
+            parquet = pq.ParquetFile(file)
+            there = set(parquet.schema_arrow.names)
+            rows = parquet.read(columns=[name for name in columns if name in there])
+            num_rows = parquet.metadata.num_rows
+    except (OSError, pa.ArrowInvalid) as error:
+        raise WorkError(f"{uri} can't be read: {storage.one_line(error)}; {_RESTORE}") from error
     if len(rows.column_names) == len(columns):
         return rows
     fields = [schema.field(name) for name in columns]

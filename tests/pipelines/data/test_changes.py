@@ -102,6 +102,16 @@ def test_links_gone_from_the_list_stay_unless_pruned_and_other_sources_stay(
     assert server.hits == {"/5.jpg": 1}
 
 
+def test_pruning_by_one_file_leaves_the_rows_of_another(tmp_path: Path, server: PictureServer) -> None:
+    urls = list(server.add_pictures(2))
+    for at, prune in ((0, False), (1, True)):
+        uri = tmp_path / f"list#{at}.tsv"
+        uri.write_text(line(urls[at]) + "\n")
+        config = configure(tmp_path, [], source={"uri": str(uri), "name": ""}, run={"prune": prune, "workers": 1})
+        assert refresh(config).pruned == 0
+    assert {row["url"]: row["source"] for row in rows(config)} == {urls[0]: "list#0.tsv", urls[1]: "list#1.tsv"}
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_pruning_by_nothing_is_refused(tmp_path: Path, server: PictureServer) -> None:
     urls = list(server.add_pictures(3))

@@ -11,10 +11,12 @@ from pipelines.data.forget import forget
 from pipelines.data.refresh import refresh
 from pipelines.data.table import keys
 from pipelines.data.table.commit import commit
+from pipelines.data.table.rewrite import prune
 from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write
 from tests.pipelines.data.test_refresh import configure, counts, line, rows
+from tests.pipelines.file_server import FileServer
 
 
 def urls_file(tmp_path: Path, *urls: str) -> str:
@@ -73,6 +75,30 @@ def test_refresh_that_is_at_work_does_not_bring_the_link_back(tmp_path: Path) ->
     assert "http://h/b" not in on_disk(tmp_path / "table", "url")
 
 
+def test_link_with_a_space_is_forgotten_as_it_stood_in_the_list(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a b.jpg", "http://h/a", "http://h/c\td"])], ONCE)
+    urls = urls_file(tmp_path, "http://h/a b.jpg", "http://h/c\td")
+    assert forget(ForgetConfig(table=uri, urls=urls)).rows_removed == 2
+    assert links(uri, "ok") == ["http://h/a"]
+    assert forget(ForgetConfig(table=uri, urls=urls)).already_forgotten == 2
+    # What the table does not know may be a line of a list.
+    with pytest.raises(ConfigError, match="line 1 is 'h/b'; line 2 is 'http://h/a b'; wanted"):
+        forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, "h/b", "http://h/a b", "http://h/a")))
+    assert links(uri, "ok") == ["http://h/a"]
+
+
+def test_pruning_keeps_what_stands_for_a_forgotten_link(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a", "http://h/b"])], ONCE)
+    forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, "http://h/a")))
+    # A list at https://host/ has no file name, so its source may be called nothing, as that of such a row.
+    for source in ("", "test"):
+        prune(ledger(uri), source, keys.from_bytes(keys.link_key("http://h/c")), {})
+    found = keys.from_bytes(keys.link_key("http://h/a") + keys.link_key("http://h/b"))
+    assert ledger(uri).look_up(found)[0].tolist() == [True, False]
+
+
 def test_failed_link_is_forgotten_and_not_tried_again(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
     commit(ledger(uri), [write(uri, 0, ["http://h/a", "http://h/b"], "failed")], ONCE)
@@ -104,6 +130,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commit(ledger(uri), [write(uri, 0, ["http://h/a"])], ONCE)
     assert main(["--table", uri, "--urls", str(tmp_path / "none")]) == 2
     assert "none cannot be read: No such file" in capsys.readouterr().err
+    with FileServer() as server:
+        server.files["/forbidden"] = b"http://h/a"
+        assert main(["--table", uri, "--urls", server.url("/forbidden")]) == 2
+    assert "/forbidden cannot be read: HTTP 403 Forbidden; give a file of links" in capsys.readouterr().err
     assert main(["--table", str(tmp_path), "--urls", urls_file(tmp_path, "http://h/a")]) == 2
     assert main(["--table", uri, "--urls", urls_file(tmp_path, "http://h/a"), "--json"]) == 0
     assert '"rows_removed": 1' in capsys.readouterr().out

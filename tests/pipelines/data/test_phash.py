@@ -1,5 +1,6 @@
 import io
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import imagehash
@@ -98,6 +99,29 @@ def test_what_is_zero_but_for_rounding_is_no_noise(size: tuple[int, int]) -> Non
     # Only the first row of frequencies is in it; and lying down, only the first column.
     assert hash_of(stripes) & (2**56 - 1) == 0
     assert hash_of(stripes.transpose(Image.Transpose.TRANSPOSE)) & 0x7F7F_7F7F_7F7F_7F7F == 0
+
+
+@pytest.mark.parametrize("size", [(33, 1), (700, 45), (2500, 1800)])
+def test_equals_the_transform_of_what_pillow_makes_32_by_32(size: tuple[int, int]) -> None:
+    photo = PHOTOS["coffee.png"].resize(size)
+    grey = np.asarray(photo, np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    small = np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    waves = np.cos(np.pi * np.arange(8)[:, None] * (np.arange(32) + 0.5) / 32) / 4
+    waves[0] /= 2**0.5
+    low = waves @ small @ waves.T
+    wanted = "".join("1" if value > np.median(low) + 0.01 else "0" for value in low.ravel())
+    assert format(hash_of(photo) & (2**64 - 1), "064b") == wanted
+
+
+@pytest.mark.parametrize("size", [(12_000, 3), (3, 12_000), (4000, 4000)])
+def test_large_picture_takes_little_memory(size: tuple[int, int]) -> None:
+    # One as long as these is stored so where nothing is resized, or where its shorter side is short.
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    tracemalloc.start()
+    perceptual_hash(pixels)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 32_000_000
 
 
 HASH = st.integers(-(2**63), 2**63 - 1) | st.sampled_from([0, -1, 2**63 - 1, -(2**63)])

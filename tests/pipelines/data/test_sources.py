@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from mdm_core.errors import ConfigError
 from pipelines.data.config import SourceConfig
@@ -222,6 +223,13 @@ def test_lines_are_the_same_wherever_blocks_end(tmp_path: Path, monkeypatch: pyt
     for size in (4, 5, 17):
         monkeypatch.setattr("pipelines.data.lists.lines._READ_BYTES", size)
         assert rows(tmp_path / "list.tsv", content) == whole
+
+
+@pytest.mark.parametrize("columns", [{"url": -1}, {"caption": -1}])
+@pytest.mark.parametrize("list_format", ["tsv", "parquet"])
+def test_column_is_not_counted_from_the_end(columns: dict[str, int], list_format: str) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        SourceConfig.model_validate({"uri": "list", "format": list_format, "columns": columns})
 
 
 def test_limit_counts_rows(tmp_path: Path) -> None:

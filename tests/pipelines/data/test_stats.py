@@ -3,11 +3,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from jobs import forget as forget_job
+from jobs import refresh as refresh_job
 from jobs.stats import main
 from pipelines.data.refresh import refresh
 from pipelines.data.stats import stats_text, table_stats
+from pipelines.data.table.commit import commit
 from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
+from tests.pipelines.data.test_commit import ONCE, ledger, write
 from tests.pipelines.data.test_refresh import configure, line
 
 
@@ -55,3 +59,30 @@ def test_table_is_described_as_it_was_made(
     assert '"failed": 5' in capsys.readouterr().out
     with Image.open(drawn) as picture:
         assert picture.size == (1100, 700)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_damaged_file_of_the_table_is_one_message(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a"]), write(uri, 1, ["http://h/b"])], ONCE)
+    damaged = next((tmp_path / "table").rglob("*.parquet"))
+    if damage == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[: 300 if damage == "cut" else 0])
+    (tmp_path / "list.tsv").write_text("http://h/a\n")
+    (tmp_path / "refresh.yaml").write_text(
+        f"source: {{uri: {tmp_path}/list.tsv}}\ntable: {{uri: {uri}}}\ntracking: null\n"
+    )
+    for job, arguments in (
+        (main, [uri]),
+        (forget_job.main, ["--table", uri, "--urls", str(tmp_path / "list.tsv")]),
+        (refresh_job.main, ["--config", str(tmp_path / "refresh.yaml")]),
+    ):
+        assert job(arguments) == 1
+        told = capsys.readouterr().err
+        assert f"{damaged} can't be read: " in told
+        assert "restore it, or use another version of the table" in told
+        assert "Traceback" not in told
