@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mdm_core.errors import ConfigError
+from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
 from pipelines.data.config import ForgetConfig
 from pipelines.data.table import keys
@@ -53,7 +53,7 @@ def forget(config: ForgetConfig) -> ForgetReport:
 
     Raises:
         ConfigError: There is no such table or file, or the file holds something else than links.
-        WorkError: The table can't be written.
+        WorkError: The table can't be written, or a file of it can't be read.
     """
     SampleTable.open(config.table)
     ledger = Ledger(config.table, now_s=time.time(), retry_failed="none")
@@ -136,7 +136,11 @@ def _tombstones(ids: keys.Keys, schema: pa.Schema) -> pa.Table:
 
 
 def _delete_files(ledger: Ledger, ids: keys.Keys, doomed: Sequence[str]) -> int:
-    """Deletes the files that held the links, those that only older versions refer to among them."""
+    """Deletes the files that held the links, those that only older versions refer to among them.
+
+    Raises:
+        WorkError: A file can't be read, and so may hold one of them; all others are deleted.
+    """
     now = {shard.path for shard in SampleTable.open(ledger.uri).shards(outcome=None)}
     older = committed_paths(ledger.uri) - now
     there = {
@@ -144,13 +148,27 @@ def _delete_files(ledger: Ledger, ids: keys.Keys, doomed: Sequence[str]) -> int:
         for outcome in OUTCOMES
         for file in storage.list_files(storage.join(ledger.uri, f"outcome={outcome}"))
     }
-    paths = set(doomed)
-    for path in sorted((older & there) - paths):
-        if (keys.find(ids, keys.from_column(read_rows(ledger.uri, path, ["id"], SCHEMA)["id"])) >= 0).any():
-            paths.add(path)
-    for path in paths:
-        storage.delete(storage.join(ledger.uri, path))
+    fault: WorkError | None = None
+    num_deleted = 0
+    for path in (*doomed, *sorted((older & there) - set(doomed))):
+        try:
+            if path not in doomed and not _holds(ledger.uri, path, ids):
+                continue
+        except WorkError as error:
+            # The others are no less to be deleted.
+            fault = error
+            continue
+        # The file last: while it is there, forgetting again finds its copies.
         for copy in storage.list_files(storage.join(ledger.uri, "_embeddings")):
             if copy.endswith(path):
                 storage.delete(copy)
-    return len(paths & there)
+        storage.delete(storage.join(ledger.uri, path))
+        num_deleted += path in there
+    if fault is not None:
+        raise fault
+    return num_deleted
+
+
+def _holds(uri: str, path: str, ids: keys.Keys) -> bool:
+    found = keys.find(ids, keys.from_column(read_rows(uri, path, ["id"], SCHEMA)["id"]))
+    return bool((found >= 0).any())

@@ -2,13 +2,14 @@
 
 list ──▶ chunks of rows ──FetchWorker──▶ written shards
 list ──▶ chunks of rows ──FetchWorker──▶ rows ──ScoreWorker──▶ written shards
+rows of the table that lack scores ──RowScorer──▶ scores
 """
 
 import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from pipelines.data.plan import Plan, iter_chunks
 from pipelines.data.score import score_columns
 from pipelines.data.table import keys
 from pipelines.data.table.shards import WrittenShard, pack, shards_from_table, unpack
-from pipelines.data.worker import CHUNKS_AT_ONCE, FetchWorker, ScoreWorker
+from pipelines.data.worker import CHUNKS_AT_ONCE, FetchWorker, RowScorer, ScoreWorker
 
 # Together one CPU: the reader of the list idles most of the time, and a machine may have one CPU only.
 _READER_CPUS = 0.1
@@ -52,6 +53,26 @@ def written_on_cluster(
         dataset = _dataset(config, plan, table_uri, stem_prefix, num_workers, num_scorers)
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             yield shards_from_table(unpack(batch))
+
+
+def scored_on_cluster(config: RefreshConfig, work: Sequence[pa.Table], table_uri: str) -> Generator[pa.Table]:
+    """Yields the scores of rows that the table holds, file by file, as `RowScorer` gives and takes them.
+
+    Raises:
+        ConfigError: The cluster can't be reached, or is too small.
+        WorkError: A worker could not do its part.
+    """
+    cluster.connect()
+    _, num_scorers = _pool_sizes(config, len(work))
+    cluster.connect(min_cpus=math.ceil(num_scorers * _WORKER_CPUS))
+    with _streaming_context():
+        dataset = ray.data.from_arrow([pack(rows) for rows in work]).map_batches(
+            RowScorer,
+            fn_constructor_kwargs={"score": config.score, "table_uri": table_uri},
+            **_scorer_options(num_scorers),
+        )
+        for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            yield unpack(batch)
 
 
 def _pool_sizes(config: RefreshConfig, num_chunks: int) -> tuple[int, int]:
@@ -104,12 +125,18 @@ def _dataset(
     return fetched.map_batches(
         ScoreWorker,
         fn_constructor_kwargs={"score": config.score, "table_uri": table_uri},
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=_WORKER_CPUS,
-        num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
-        compute=ray.data.ActorPoolStrategy(size=num_scorers),
+        **_scorer_options(num_scorers),
     )
+
+
+def _scorer_options(num_scorers: int) -> dict[str, Any]:
+    return {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "num_cpus": _WORKER_CPUS,
+        "num_gpus": 1 if ray.cluster_resources().get("GPU", 0) else 0,
+        "compute": ray.data.ActorPoolStrategy(size=num_scorers),
+    }
 
 
 class _ListSource(Datasource):

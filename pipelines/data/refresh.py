@@ -19,21 +19,25 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
 from pipelines.data.config import RefreshConfig
 from pipelines.data.filters import CaptionFilter
 from pipelines.data.plan import Plan, iter_captions, iter_chunks, make_plan
 from pipelines.data.review import Review
-from pipelines.data.score import score_columns, with_absolute_paths
+from pipelines.data.score import check_scores, score_columns, with_absolute_paths
+from pipelines.data.table import keys
 from pipelines.data.table.commit import commit
 from pipelines.data.table.ledger import Ledger
-from pipelines.data.table.rewrite import prune, recaption
+from pipelines.data.table.rewrite import add_scores, prune, recaption
 from pipelines.data.table.sample_table import OUTCOMES
-from pipelines.data.table.shards import WrittenShard
+from pipelines.data.table.shards import WrittenShard, pack, unpack
 from pipelines.data.table.sweep import sweep
 from pipelines.data.table.transaction import Tally
-from pipelines.data.worker import check, written_here
+from pipelines.data.worker import RowScorer, check, written_here
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,8 @@ class RefreshReport:
     reasons: dict[str, int]
     recaptioned: int
     """Links of the list whose rows got another caption without a fetch; they count by their outcome above."""
+    scored: int
+    """Links of the list whose rows got scores that they lacked, without a fetch."""
     pruned: int
     """Rows taken out because their links are no longer in the list."""
     seconds: float
@@ -84,10 +90,11 @@ def refresh(config: RefreshConfig) -> RefreshReport:
         ledger.ensure_table(score_columns(config.score))
         note = {"operation": "refresh", "run": secrets.token_hex(8), "started_s": started_s, "source": source.name}
         tally = _recaption(config, plan, ledger, note)
+        num_scored = _score(config, plan, ledger, note) if score_columns(config.score) else 0
         if plan.num_todo:
             tally.update(_run(config, plan, ledger, note, review))
         num_pruned = prune(ledger, source.name, plan.ids, note) if config.run.prune else 0
-        report = _report(plan, tally, ledger, num_pruned, time.time() - started_s)
+        report = _report(plan, tally, ledger, num_scored, num_pruned, time.time() - started_s)
         review.tell(report.as_dict(), ledger)
     return report
 
@@ -124,6 +131,57 @@ def _recaption(config: RefreshConfig, plan: Plan, ledger: Ledger, note: dict[str
     return tally
 
 
+def _score(config: RefreshConfig, plan: Plan, ledger: Ledger, note: dict[str, object]) -> int:
+    """Scores the list's rows that lack a score, as they came before it was asked for, or have another caption."""
+    work = _unscored(config, plan, ledger)
+    if not work:
+        return 0
+    check_scores(config.score)
+    num_rows = 0
+    waiting: list[pa.Table] = []
+
+    def commit_waiting() -> int:
+        scores, waiting[:] = pa.concat_tables(waiting), []
+        return add_scores(ledger, scores, note)
+
+    with (
+        Progress("score", total=sum(rows.num_rows for rows in work), unit="rows") as progress,
+        contextlib.closing(_scored(config, work, ledger.uri)) as scored,
+    ):
+        committed_s = time.monotonic()
+        for scores in scored:
+            waiting.append(scores)
+            if time.monotonic() - committed_s >= config.run.commit_every_s:
+                num_rows += commit_waiting()
+                committed_s = time.monotonic()
+            progress.advance(scores.num_rows)
+    return num_rows + (commit_waiting() if waiting else 0)
+
+
+def _unscored(config: RefreshConfig, plan: Plan, ledger: Ledger) -> list[pa.Table]:
+    """Returns `path` and `id` of the rows to score, a table for each file."""
+    ledger.catch_up()
+    names = score_columns(config.score)
+    listed = np.unique(plan.ids)
+    work = []
+    for shard, rows in ledger.each_shard(["id", *names], "ok"):
+        is_lacking = np.any([rows[name].is_null().to_numpy() for name in names], axis=0)
+        is_listed = keys.find(listed, keys.from_column(rows["id"])) >= 0
+        ids = rows["id"].filter(pa.array(is_lacking & is_listed))
+        if len(ids):
+            work.append(pa.table({"path": pa.repeat(shard.path, len(ids)), "id": ids}))
+    return work
+
+
+def _scored(config: RefreshConfig, work: list[pa.Table], table_uri: str) -> Generator[pa.Table]:
+    if _needs_cluster(config, len(work)):
+        from pipelines.data.pipeline import scored_on_cluster
+
+        return scored_on_cluster(config, work, table_uri)
+    scorer = RowScorer(score=config.score, table_uri=table_uri)
+    return (unpack(scorer(pack(rows))) for rows in work)
+
+
 def _run(config: RefreshConfig, plan: Plan, ledger: Ledger, note: dict[str, object], review: Review) -> Tally:
     sweep(ledger.uri, now_s=time.time())
     tally = Tally()
@@ -157,7 +215,7 @@ def _run(config: RefreshConfig, plan: Plan, ledger: Ledger, note: dict[str, obje
 def _written(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Generator[list[WrittenShard]]:
     """Yields the shards of each chunk as they are written, in the order of the list."""
     stem_prefix = f"{ledger.version + 1:08d}"
-    if _needs_cluster(config, plan):
+    if _needs_cluster(config, math.ceil(plan.num_todo / config.run.shard_rows)):
         # Ray alone takes a second to import, and a few to start.
         from pipelines.data.pipeline import written_on_cluster
 
@@ -166,21 +224,23 @@ def _written(config: RefreshConfig, plan: Plan, ledger: Ledger) -> Generator[lis
     return written_here(config, chunks, ledger.uri, stem_prefix, num_threads=_num_cpus())
 
 
-def _needs_cluster(config: RefreshConfig, plan: Plan) -> bool:
+def _needs_cluster(config: RefreshConfig, num_chunks: int) -> bool:
     """Returns whether there is a cluster to use, or work for more than one process."""
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         return True
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return True
     wanted = _num_cpus() if config.run.workers == "auto" else config.run.workers
-    return min(wanted, math.ceil(plan.num_todo / config.run.shard_rows)) > 1
+    return min(wanted, num_chunks) > 1
 
 
 def _num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _report(plan: Plan, tally: Tally, ledger: Ledger, num_pruned: int, seconds: float) -> RefreshReport:
+def _report(
+    plan: Plan, tally: Tally, ledger: Ledger, num_scored: int, num_pruned: int, seconds: float
+) -> RefreshReport:
     malformed = plan.malformed.total()
     accounted = tally.total + plan.duplicate + plan.unchanged + malformed
     if accounted != plan.links:
@@ -199,6 +259,7 @@ def _report(plan: Plan, tally: Tally, ledger: Ledger, num_pruned: int, seconds: 
         unchanged=plan.unchanged + tally.outcomes["unchanged"],
         reasons=dict((tally.reasons + plan.malformed).most_common()),
         recaptioned=plan.num_recaption,
+        scored=num_scored,
         pruned=num_pruned,
         seconds=round(seconds, 3),
         table_version=ledger.version,

@@ -26,7 +26,7 @@ from pipelines.data.img2dataset.importing import Img2datasetImport
 from pipelines.data.pictures.video import require_av
 from pipelines.data.score import Scorer, check_scores, score_columns
 from pipelines.data.table.rows import THUMBNAIL, picture_to_score, rows_of
-from pipelines.data.table.sample_table import OUTCOMES
+from pipelines.data.table.sample_table import OUTCOMES, read_rows
 from pipelines.data.table.shards import WrittenShard, pack, shards_from_table, shards_to_table, unpack, write_shard
 
 _T = TypeVar("_T")
@@ -189,6 +189,39 @@ class ScoreWorker:
                 else:
                     rows = rows.append_column(name, scores)
             return pack(shards_to_table(write_rows(self._table_uri, stem, rows)))
+        except MdmError as error:
+            return pack(None, str(error))
+
+
+class RowScorer:
+    """Scores rows that the table holds already; what comes and what goes is packed.
+
+    Args:
+        score: Which scores.
+        table_uri: Where the rows are.
+    """
+
+    def __init__(self, *, score: ScoreConfig, table_uri: str) -> None:
+        self._table_uri = table_uri
+        self._error = ""
+        try:
+            self._scorer = Scorer(score)
+        except MdmError as error:
+            # As in `ScoreWorker`.
+            self._error = str(error)
+
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        """Returns columns id and those of the scores, of rows of one file that are given by `path` and `id`."""
+        if self._error:
+            return pack(None, self._error)
+        try:
+            wanted = unpack(packed)
+            rows = read_rows(self._table_uri, wanted["path"][0].as_py(), ["id", "caption", "image", "frames"])
+            rows = rows.filter(pc.is_in(rows["id"], value_set=wanted["id"].combine_chunks()))
+            pictures = [picture_to_score(row) for row in rows.select(["image", "frames"]).to_pylist()]
+            scores = self._scorer(pictures, rows["caption"].to_pylist())
+            columns = {name: pa.array(values, pa.float32()) for name, values in scores.items()}
+            return pack(pa.table({"id": rows["id"], **columns}))
         except MdmError as error:
             return pack(None, str(error))
 

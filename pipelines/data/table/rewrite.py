@@ -1,4 +1,4 @@
-"""Rows of the table that change though nothing is fetched: they go, or their captions become others."""
+"""Rows of the table that change though nothing is fetched: they go, get other captions, or scores that they lack."""
 
 import functools
 import itertools
@@ -45,6 +45,24 @@ def recaption(ledger: Ledger, captions: Mapping[bytes, str], judge: CaptionFilte
     return tally
 
 
+def add_scores(ledger: Ledger, scores: pa.Table, note: Mapping[str, object]) -> int:
+    """Gives rows of the table the scores that they lack, and returns how many rows.
+
+    Args:
+        ledger: The table.
+        scores: Column `id`, and one for each score.
+        note: Kept in the log.
+    """
+    ids = keys.from_column(scores["id"])
+    order = np.argsort(ids)
+    ids, scores = ids[order], scores.drop_columns(["id"]).take(pa.array(order))
+    num_rows = 0
+    for some in _by_files(ledger, ids):
+        transact(ledger, functools.partial(_add_scores, ledger, some, ids, scores), note)
+        num_rows += len(some)
+    return num_rows
+
+
 def prune(ledger: Ledger, source_name: str, ids: keys.Keys, note: Mapping[str, object]) -> int:
     """Takes the rows of a source whose links are not among `ids` out of the table, and returns how many.
 
@@ -85,6 +103,23 @@ def _recaption(ledger: Ledger, ids: keys.Keys, captions: Mapping[bytes, str], ju
     for shard in ledger.locate(ids):
         change.replace(shard, _recaptioned(ledger, shard, wanted, judge, change.tally))
     return change
+
+
+def _add_scores(ledger: Ledger, some: keys.Keys, ids: keys.Keys, scores: pa.Table) -> Change:
+    change = Change()
+    for shard in ledger.locate(some):
+        if shard.outcome == "ok":
+            rows = read_whole(ledger.uri, shard.path, ledger.schema)
+            at = keys.find(ids, keys.from_column(rows["id"]))
+            new = scores.take(pa.array(at, mask=at < 0))
+            for name in scores.column_names:
+                rows = _replace(rows, name, functools.partial(_filled, new[name]))
+            change.replace(shard, [write_shard(ledger.uri, _stem(shard), shard.outcome, rows)])
+    return change
+
+
+def _filled(new: pa.ChunkedArray, old: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.coalesce(old, new)
 
 
 def _recaptioned(

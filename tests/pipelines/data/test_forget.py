@@ -5,13 +5,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.forget import main
-from mdm_core.errors import ConfigError
+from mdm_core.errors import ConfigError, WorkError
+from pipelines import storage
 from pipelines.data.config import ForgetConfig
+from pipelines.data.filters import CaptionFilter
 from pipelines.data.forget import forget
 from pipelines.data.refresh import refresh
 from pipelines.data.table import keys
 from pipelines.data.table.commit import commit
-from pipelines.data.table.rewrite import prune
+from pipelines.data.table.rewrite import prune, recaption
 from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
 from tests.pipelines.data.test_commit import ONCE, ledger, links, write
@@ -97,6 +99,46 @@ def test_pruning_keeps_what_stands_for_a_forgotten_link(tmp_path: Path) -> None:
         prune(ledger(uri), source, keys.from_bytes(keys.link_key("http://h/c")), {})
     found = keys.from_bytes(keys.link_key("http://h/a") + keys.link_key("http://h/b"))
     assert ledger(uri).look_up(found)[0].tolist() == [True, False]
+
+
+def test_older_file_that_cannot_be_read_keeps_no_other_from_being_deleted(tmp_path: Path) -> None:
+    uri = str(tmp_path / "table")
+    names = ["http://h/a", "http://h/b", "http://h/c"]
+    commit(ledger(uri), [write(uri, at, [name, f"{name}/other"]) for at, name in enumerate(names)], ONCE)
+    first = sorted((tmp_path / "table").rglob("*.parquet"))
+    for name in names:
+        recaption(ledger(uri), {keys.link_key(name): "another caption of it"}, CaptionFilter(ONCE), {})
+    # Of three older files the one in the middle is damaged.
+    first[1].write_bytes(b"")
+    with pytest.raises(WorkError, match=f"{first[1].name} can't be read"):
+        forget(ForgetConfig(table=uri, urls=urls_file(tmp_path, *names)))
+    first[1].unlink()
+    assert not set(names) & set(on_disk(tmp_path / "table", "url"))
+
+
+def test_forgetting_that_was_killed_is_made_up_for_with_its_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "table")
+    commit(ledger(uri), [write(uri, 0, ["http://h/a"])], ONCE)
+    path = SampleTable.open(uri).shards()[0].path
+    copy = tmp_path / "table" / "_embeddings" / "minilm" / path
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"numbers")
+    delete = storage.delete
+    config = ForgetConfig(table=uri, urls=urls_file(tmp_path, "http://h/a"))
+
+    def delete_and_die(uri: str) -> None:
+        delete(uri)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "delete", delete_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        forget(config)
+    monkeypatch.setattr(storage, "delete", delete)
+    forget(config)
+    assert not copy.exists()
+    assert "http://h/a" not in on_disk(tmp_path / "table", "url")
 
 
 def test_failed_link_is_forgotten_and_not_tried_again(tmp_path: Path) -> None:

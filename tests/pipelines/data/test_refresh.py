@@ -108,7 +108,7 @@ def test_every_line_is_accounted_for_as_the_server_knows(tmp_path: Path, server:
         "unchanged": 0,
     }
     assert report.reasons == dict(reasons)
-    extra = {"reasons", "recaptioned", "pruned", "seconds", "table_version"}
+    extra = {"reasons", "recaptioned", "scored", "pruned", "seconds", "table_version"}
     assert set(report.as_dict()) == counts(report).keys() | extra
     assert report.table_version == SampleTable.open(config.table.uri).version
 
@@ -278,7 +278,7 @@ def test_empty_list_makes_an_empty_table(tmp_path: Path) -> None:
     config = configure(tmp_path, [])
     assert refresh(config).as_dict() | {"table_version": 0, "seconds": 0} == {
         "links": 0, "ok": 0, "filtered": 0, "failed": 0, "duplicate": 0, "malformed": 0, "unchanged": 0,
-        "reasons": {}, "recaptioned": 0, "pruned": 0, "seconds": 0, "table_version": 0,
+        "reasons": {}, "recaptioned": 0, "scored": 0, "pruned": 0, "seconds": 0, "table_version": 0,
     }  # fmt: skip
     assert rows(config) == []
 
