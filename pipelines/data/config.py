@@ -209,7 +209,8 @@ class ClipConfig(Config):
 
 class ScoreConfig(Config):
     """Columns of numbers by which training may select rows; nothing is left out here. Rows of the list that are in the
-    table already, and lack one, get it without a fetch."""
+    table already, and lack one, get it without a fetch.
+    """
 
     clip: ClipConfig | None = None
     """Model of `clip_similarity` and of the zero-shot scores."""

@@ -20,10 +20,14 @@ host costs one connection a minute."""
 LONGEST_PAUSE_S = 3600.0
 """Most seconds that a host's own wish to be left alone counts for: what is left by then is for the next refresh."""
 
+MOST_REMEMBERED = 10_000
+"""Hosts that failed last and of which nothing is asked: a list may name millions of dead ones, at a kilobyte each, and
+those that failed longest ago are forgotten."""
+
 
 @dataclass(slots=True)
 class _Host:
-    """What is known of a host; forgotten when nothing is asked of it and it did not fail last."""
+    """What is known of a host; forgotten when nothing is asked of it and it did not fail last, or long ago."""
 
     free: int
     waiting: deque[asyncio.Future[bool]] = field(default_factory=deque)
@@ -47,10 +51,23 @@ class Hosts:
         self.per_host = per_host
         self.clock = clock
         self.known: dict[str, _Host] = {}
+        # Those of them of which nothing is asked, in the order in which they were left.
+        self.remembered: dict[str, _Host] = {}
 
     def turn(self, name: str, *, first: bool = False) -> "Turn":
         """Returns a turn at a host, to be entered; `first` is for links that have waited at another host before."""
         return Turn(self, name, first)
+
+    def left(self, name: str, host: _Host) -> None:
+        """Forgets a host of which nothing is asked any more, or, if it failed last, the one left longest ago."""
+        self.remembered.pop(name, None)
+        if not host.failures and not host.is_shut:
+            del self.known[name]
+            return
+        self.remembered[name] = host
+        if len(self.remembered) > MOST_REMEMBERED:
+            oldest = next(iter(self.remembered))
+            del self.remembered[oldest], self.known[oldest]
 
     def __len__(self) -> int:
         return len(self.known)
@@ -68,6 +85,7 @@ class Turn:
         self._name = name
         self._first = first
         self._host = hosts.known.get(name) or hosts.known.setdefault(name, _Host(hosts.per_host))
+        hosts.remembered.pop(name, None)
         self._started_s = math.inf
         self.has_slot = False
         self._is_probe = False
@@ -164,6 +182,5 @@ class Turn:
             self.has_slot = False
             if not self._wake_next(True):
                 host.free += 1
-        is_idle = host.free == self._hosts.per_host and not host.failures and not host.is_shut
-        if is_idle and self._hosts.known.get(self._name) is host:
-            del self._hosts.known[self._name]
+        if host.free == self._hosts.per_host and self._hosts.known.get(self._name) is host:
+            self._hosts.left(self._name, host)

@@ -198,6 +198,30 @@ def test_turns_are_neither_lost_nor_doubled_by_cancelling() -> None:
     with_hosts(check, per_host=2)
 
 
+def test_dead_hosts_without_number_are_not_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.data.fetch.hosts.MOST_REMEMBERED", 100, raising=False)
+
+    async def check(hosts: Hosts, clock: Clock) -> None:
+        for number in range(1000):
+            await ask(hosts, "failed", f"dead-{number}")
+            # One that is asked again and again is shut in its turn, and stays so.
+            if number % 50 == 0:
+                assert await ask(hosts, "failed", "often") == (number // 50 < FAILURES_TO_SHUT)
+        assert len(hosts) == 100
+        assert set(hosts.known) == {"often", *(f"dead-{number}" for number in range(901, 1000))}
+        # One that is being asked is not forgotten, however many others fail meanwhile.
+        async with hosts.turn("dead-950") as turn:
+            assert turn.start()
+            for number in range(1000, 1200):
+                await ask(hosts, "failed", f"dead-{number}")
+            turn.failed()
+            assert len(hosts) == 101
+        assert len(hosts) == 100
+        assert hosts.known["dead-950"].failures == 2
+
+    with_hosts(check)
+
+
 def test_one_that_was_refused_does_not_forget_a_host_that_others_are_at() -> None:
     async def check(hosts: Hosts, clock: Clock) -> None:
         bad, good = [hosts.turn("host") for _ in range(2)]
