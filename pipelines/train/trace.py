@@ -39,5 +39,4 @@ class Trace(Hooks):
 
     def _write(self, line: dict[str, Any], *, at_s: float | None = None) -> None:
         line = {"time_s": time.time() if at_s is None else at_s, **line}
-        # In one call: another process never reads half of it.
         os.write(self._file, json.dumps(line).encode() + b"\n")

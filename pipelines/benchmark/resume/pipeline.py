@@ -36,7 +36,8 @@ from pipelines.data.table.sample_table import SampleTable
 from pipelines.progress import Progress
 from pipelines.train.checkpoint import open_checkpoint
 
-_EVERY_S = 0.01
+_EVERY_S = 0.05
+_SHOWN = 5
 
 
 def benchmark_resume(config: ResumeBenchmarkConfig) -> dict[str, Any]:
@@ -161,7 +162,12 @@ def _compared(folder: Path) -> dict[str, Any]:
         mine, other = ours.tensors(name), theirs.tensors(name)
         compared += len(other)
         different += [f"{name}: {key}" for key in differences(mine, other)]
-    return {"weights_equal": not different, "tensors": compared, "tensors_different": different}
+    return {
+        "weights_equal": not different,
+        "tensors": compared,
+        "tensors_different": len(different),
+        "first_different": different[:_SHOWN],
+    }
 
 
 def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

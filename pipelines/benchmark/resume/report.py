@@ -26,11 +26,14 @@ def resume_table(result: Mapping[str, Any]) -> str:
         f"{result['seconds_to_new_step']:.1f} s to the first that had not been done before",
     ]
     lines += aligned([[_PARTS[part], f"{seconds:.2f} s"] for part, seconds in result["where"].items()])
-    different = result["tensors_different"]
-    same = "the same to the bit" if result["weights_equal"] else f"NOT the same ({', '.join(different[:3])} …)"
     lines.append(
         f"{result['steps_lost']} steps done again; of {result['images']:,} images {result['repeated']:,} trained on "
-        f"twice and {result['skipped']:,} never; {result['tensors']} tensors of weights, averages and optimizer {same} "
-        "as without the kill"
+        f"twice and {result['skipped']:,} never"
     )
+    tensors = f"{result['tensors']:,} tensors of weights, averages and optimizer"
+    if result["weights_equal"]:
+        lines.append(f"{tensors}: the same to the bit as without the kill")
+    else:
+        named = ", ".join(result["first_different"])
+        lines.append(f"{tensors}: {result['tensors_different']:,} are NOT as without the kill: {named}, …")
     return "\n".join(lines)

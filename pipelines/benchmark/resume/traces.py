@@ -140,7 +140,8 @@ def _steps_in(checkpoint: str | None, global_batch_size: int) -> int:
 def _life(path: Path) -> Life:
     _, rank, _, pid = path.stem.split("-")
     life = Life(int(rank), int(pid))
-    for text in path.read_text().splitlines():
+    # What comes after the last line break is a line that is being written.
+    for text in path.read_text().rpartition("\n")[0].splitlines():
         line = json.loads(text)
         if "step" in line:
             life.steps.append(Step(line["step"], line["time_s"], tuple(line["ids"]), line["waited_s"]))

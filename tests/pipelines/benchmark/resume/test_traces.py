@@ -120,6 +120,8 @@ def test_what_a_worker_writes_is_what_is_read(tmp_path):
     trace.reached("loaded")
     trace.stepped(4, [b"\x06", b"\x07"], 0.5)
     (tmp_path / "rank-0-pid-1.jsonl").touch()
+    with next(tmp_path.glob("rank-3-*")).open("a") as file:
+        file.write('{"step": 5, "time_s": 17')
     (one,) = read_lives(tmp_path)
     assert (one.rank, one.checkpoint) == (3, "/run/stage-0/images-000000000006")
     assert list(one.points) == ["imported", "began", "opened", "loaded"]
