@@ -137,15 +137,17 @@ class SampleBenchmarkConfig(NetworkBenchmarkConfig):
 class ResumeBenchmarkConfig(ShapeConfig):
     """Time from kill -9 of a training worker to the next completed step, on CPUs, and count what that does to rows."""
 
-    channels: tuple[int, ...] | None = (64, 128, 192)
-    """Channels of the innermost network; null takes the preset's."""
+    channels: tuple[int, ...] | None = (32, 64)
+    """Channels of the innermost network, as in 64,128,192; null takes the preset's."""
+    resolution: int | None = Field(default=16, ge=4)
+    """Finest resolution in pixels; null takes the preset's."""
     batch: int = Field(default=4, ge=1)
     """Pictures of a step, over all workers."""
-    steps: int = Field(default=12, ge=2)
+    steps: int = Field(default=24, ge=2)
     """Steps of the training; the table has a picture for each place in them, so that all are one epoch."""
-    checkpoint_every_steps: int = Field(default=3, ge=1)
+    checkpoint_every_steps: int = Field(default=5, ge=1)
     """Steps between two checkpoints."""
-    kill_after_steps: int = Field(default=5, ge=1)
+    kill_after_steps: int = Field(default=12, ge=1)
     """Completed steps after which the worker is killed."""
     workers: int = Field(default=1, ge=1)
     """Processes that share each batch, one CPU each; the first of them is killed."""

@@ -10,10 +10,11 @@ from pipelines.benchmark.resume.pipeline import differences
 from pipelines.benchmark.resume.report import resume_table
 
 TINY = ["--channels", "32,32", "--resolution", "8", "--text_tokens", "2", "--batch", "2"]
+STEPS = ["--steps", "12", "--checkpoint_every_steps", "3", "--kill_after_steps", "5"]
 
 
 def test_a_killed_worker_costs_time_and_nothing_else(capsys):
-    assert main(["resume", *TINY, "--json"]) == 0
+    assert main(["resume", *TINY, *STEPS, "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert (result["images"], result["repeated"], result["skipped"]) == (24, 0, 0)
@@ -36,7 +37,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(capsys):
             "kill_after_steps=10 must be less than steps=10: the step after it is waited for; try 5",
         ),
         (["--batch", "3", "--workers", "2"], "batch=3 must be divisible by workers=2; try 2 or 4"),
-        (["--steps", "1"], "--steps: got 1; wanted 2 or more; the default is 12"),
+        (["--steps", "1"], "--steps: got 1; wanted 2 or more; the default is 24"),
     ],
 )
 def test_what_can_not_be_measured_is_one_message(capsys, argv, message):
