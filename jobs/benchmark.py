@@ -10,12 +10,18 @@ from jobs.cli import guarded, run_job, say
 from mdm_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipelines.benchmark.config import DataBenchmarkConfig, SampleBenchmarkConfig, TrainBenchmarkConfig
+    from pipelines.benchmark.config import (
+        DataBenchmarkConfig,
+        ResumeBenchmarkConfig,
+        SampleBenchmarkConfig,
+        TrainBenchmarkConfig,
+    )
 
 BENCHMARKS = {
     "train": ("Time the training step of a network.", "TrainBenchmarkConfig"),
     "sample": ("Time the making of pictures from noise.", "SampleBenchmarkConfig"),
     "data": ("Time mdm refresh against img2dataset.", "DataBenchmarkConfig"),
+    "resume": ("Time how soon a training goes on whose worker was killed.", "ResumeBenchmarkConfig"),
 }
 """What can be measured: one line, and the class of its configuration."""
 
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0] if words and not words[0].startswith("-") else ""
     if name not in BENCHMARKS:
         return guarded("mdm benchmark", lambda: _unknown(name), as_json="--json" in words)
-    run = _run_data if name == "data" else _run_network
+    run: Any = {"data": _run_data, "resume": _run_resume}.get(name, _run_network)
     return run_job(f"benchmark {name}", words[1:], config_class(name), run, summary=BENCHMARKS[name][0])
 
 
@@ -54,6 +60,15 @@ def _run_data(config: "DataBenchmarkConfig") -> dict[str, Any]:
 
     result = benchmark_data(config)
     print(data_table(result))
+    return result
+
+
+def _run_resume(config: "ResumeBenchmarkConfig") -> dict[str, Any]:
+    from pipelines.benchmark.resume.pipeline import benchmark_resume
+    from pipelines.benchmark.resume.report import resume_table
+
+    result = benchmark_resume(config)
+    print(resume_table(result))
     return result
 
 

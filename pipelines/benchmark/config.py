@@ -12,8 +12,8 @@ from pipelines.benchmark.shapes import shaped
 from pipelines.run_config import Config
 
 
-class NetworkBenchmarkConfig(Config):
-    """The network of a benchmark, and the machine that it runs on."""
+class ShapeConfig(Config):
+    """The network of a benchmark."""
 
     preset: Literal["mdm-64", "mdm-256", "mdm-1024"] = "mdm-64"
     """Published shape of the network; the number is its finest resolution."""
@@ -27,22 +27,6 @@ class NetworkBenchmarkConfig(Config):
     """Width of the text embeddings; 384 if channels are given, else the preset's."""
     text_proj_dim: int | None = Field(default=None, ge=1)
     """Width they are projected to; 4 × the first channels if channels are given, else the preset's."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it runs; auto is the GPU where there is one."""
-    threads: int | None = Field(default=None, ge=1)
-    """Threads of PyTorch on the CPU; its own choice if empty."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; bfloat16 is autocast, with weights and optimizer in float32."""
-    compile: bool = False
-    """Whether torch.compile is used; for the baseline it never is."""
-    channels_last: bool = True
-    """Whether pictures lie in memory channels last; for the baseline they never do."""
-    against: Literal["none", "plain"] = "none"
-    """What is measured beside it, in turn: plain is the same network and step written the straightforward way."""
-    warmup_steps: int = Field(default=2, ge=0)
-    """Steps ahead of the timed ones."""
-    plan: bool = False
-    """Whether only parameters, FLOPs and memory are worked out, and nothing is run."""
 
     def matryoshka(self) -> MatryoshkaConfig:
         """The networks, finest resolution first."""
@@ -69,6 +53,27 @@ class NetworkBenchmarkConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
+
+
+class NetworkBenchmarkConfig(ShapeConfig):
+    """The network of a benchmark, and the machine that it runs on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; auto is the GPU where there is one."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of PyTorch on the CPU; its own choice if empty."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; bfloat16 is autocast, with weights and optimizer in float32."""
+    compile: bool = False
+    """Whether torch.compile is used; for the baseline it never is."""
+    channels_last: bool = True
+    """Whether pictures lie in memory channels last; for the baseline they never do."""
+    against: Literal["none", "plain"] = "none"
+    """What is measured beside it, in turn: plain is the same network and step written the straightforward way."""
+    warmup_steps: int = Field(default=2, ge=0)
+    """Steps ahead of the timed ones."""
+    plan: bool = False
+    """Whether only parameters, FLOPs and memory are worked out, and nothing is run."""
 
 
 class TrainBenchmarkConfig(NetworkBenchmarkConfig):
@@ -127,6 +132,40 @@ class SampleBenchmarkConfig(NetworkBenchmarkConfig):
     """How much the captions count; 1 is no guidance, which halves the rows that the network sees."""
     warmup_steps: int = Field(default=1, ge=0)
     """Batches ahead of the timed ones."""
+
+
+class ResumeBenchmarkConfig(ShapeConfig):
+    """Time from kill -9 of a training worker to the next completed step, on CPUs, and count what that does to rows."""
+
+    channels: tuple[int, ...] | None = (32, 64)
+    """Channels of the innermost network, as in 64,128,192; null takes the preset's."""
+    resolution: int | None = Field(default=16, ge=4)
+    """Finest resolution in pixels; null takes the preset's."""
+    batch: int = Field(default=4, ge=1)
+    """Pictures of a step, over all workers."""
+    steps: int = Field(default=24, ge=2)
+    """Steps of the training; the table has a picture for each place in them, so that all are one epoch."""
+    checkpoint_every_steps: int = Field(default=5, ge=1)
+    """Steps between two checkpoints."""
+    kill_after_steps: int = Field(default=12, ge=1)
+    """Completed steps after which the worker is killed."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that share each batch, one CPU each; the first of them is killed."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.kill_after_steps >= self.steps:
+            raise ValueError(
+                f"kill_after_steps={self.kill_after_steps} must be less than steps={self.steps}: the step after it is "
+                f"waited for; try {self.steps // 2}"
+            )
+        if self.batch % self.workers:
+            lower = self.batch - self.batch % self.workers
+            raise ValueError(
+                f"batch={self.batch} must be divisible by workers={self.workers}; "
+                f"try {lower or self.workers} or {lower + self.workers}"
+            )
+        return self
 
 
 class DataBenchmarkConfig(Config):

@@ -33,10 +33,11 @@ from pipelines.train.ingest.batch import Batch
 from pipelines.train.ingest.reader import BatchReader
 from pipelines.train.ingest.selection import select_rows
 
-_ENCODER = "random"
+ENCODER = "random"
+"""What the random embeddings are said to be made with."""
 _NOWHERE = "http://127.0.0.1:9"
 _ROUNDS = 3
-_PHOTOS, _SHARDS, _SHARD_ROWS = 32, 2, 500
+_PHOTOS, _SHARD_ROWS, _ROW_GROUP_ROWS = 32, 500, 100
 # Of ten, so that row groups are read all the time and not only at first.
 _SHUFFLED_ROW_GROUPS = 4
 _PREFETCH_STEPS = 2
@@ -96,7 +97,7 @@ class Fed:
         self._config, self._device = config, torch.device(device)
         self._training = Training(config, self._device)
         self._table = SampleTable.open(storage.join(folder, "table"))
-        self._store = EmbeddingStore.open(self._table, _ENCODER)
+        self._store = EmbeddingStore.open(self._table, ENCODER)
         self._next_step = 0
         for _ in range(config.warmup_steps):
             self._training.step()
@@ -159,14 +160,15 @@ class Fed:
         )
 
 
-def make_training_table(uri: Path, *, size_px: int, text_tokens: int, text_width: int) -> None:
-    """A table of 1,000 photo-like JPEGs, 32 of them different, with random embeddings beside them.
+def make_training_table(uri: Path, *, size_px: int, text_tokens: int, text_width: int, rows: int = 1000) -> None:
+    """A table of photo-like JPEGs, 32 of them different, with random embeddings beside them.
 
     Args:
         uri: Where.
         size_px: The shorter side of the pictures.
         text_tokens: Tokens of each caption; real ones have fewer, so that less is read.
         text_width: Width of a token's embedding.
+        rows: How many.
     """
     as_refresh = functools.partial(
         decode,
@@ -184,18 +186,20 @@ def make_training_table(uri: Path, *, size_px: int, text_tokens: int, text_width
         pictures = list(pool.map(stored, range(_PHOTOS)))
     draw = np.random.default_rng(0)
     captions = draw.standard_normal((_PHOTOS, text_tokens, text_width), np.float32).astype(np.float16)
-    info = EncoderInfo(_ENCODER, text_width, text_tokens)
+    info = EncoderInfo(ENCODER, text_width, text_tokens)
     write_info(str(uri), info)
     shards = []
-    for shard in range(_SHARDS):
-        numbers = range(shard * _SHARD_ROWS, (shard + 1) * _SHARD_ROWS)
+    for shard, begin in enumerate(range(0, rows, _SHARD_ROWS)):
+        numbers = range(begin, min(begin + _SHARD_ROWS, rows))
         images = [pictures[number % _PHOTOS].data for number in numbers]
         urls, texts = [f"{_NOWHERE}/{number}" for number in numbers], [f"photo {number}" for number in numbers]
-        rows = sample_rows(urls, images, texts, datetime.now(UTC))
-        shards.append(write_shard(str(uri), f"00000000-{shard:06d}", "ok", rows))
+        sample = sample_rows(urls, images, texts, datetime.now(UTC))
+        shards.append(write_shard(str(uri), f"00000000-{shard:06d}", "ok", sample))
         embeddings = [captions[number % _PHOTOS] for number in numbers]
-        data = encode_embeddings(rows["id"], embeddings, info, [100] * (_SHARD_ROWS // 100))
-        storage.write_bytes_atomic(storage.join(embedding_folder(str(uri), _ENCODER), shards[-1].path), data)
+        starts = range(0, len(numbers), _ROW_GROUP_ROWS)
+        row_groups = [min(_ROW_GROUP_ROWS, len(numbers) - start) for start in starts]
+        data = encode_embeddings(sample["id"], embeddings, info, row_groups)
+        storage.write_bytes_atomic(storage.join(embedding_folder(str(uri), ENCODER), shards[-1].path), data)
     commit(Ledger(str(uri), now_s=time.time()), shards, FiltersConfig(exact_duplicates=False))
 
 

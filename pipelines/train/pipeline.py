@@ -54,8 +54,12 @@ class TrainReport:
         }
 
 
-def train(config: TrainConfig) -> TrainReport:
+def train(config: TrainConfig, *, trace: str | None = None) -> TrainReport:
     """Trains every stage of a run, continuing from its newest checkpoint if it has one.
+
+    Args:
+        config: The run.
+        trace: Local folder in which each worker writes down what it does, to be measured; none does if None.
 
     Raises:
         ConfigError: Something can't work; found before any worker starts.
@@ -94,7 +98,7 @@ def train(config: TrainConfig) -> TrainReport:
             }
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
-        context = RunContext(config, table.version, run.id, initial, lock.owner, selection)
+        context = RunContext(config, table.version, run.id, initial, lock.owner, selection, trace)
         _fit(context, run, key, start)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mdm_core.errors import MdmError
-from pipelines.sample.generator import Generator, Pictures
 from pipelines.train.checkpoint import open_checkpoint
 from pipelines.train.config import PreviewConfig
+
+if TYPE_CHECKING:
+    from pipelines.sample.generator import Pictures
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Preview:
     seed: int
     text: tuple[Tensor, Tensor]
     """The captions, encoded: (B, L, D) and (B, L)."""
-    run_task: Callable[["Preview", str], dict[int, Pictures]]
+    run_task: Callable[["Preview", str], "dict[int, Pictures]"]
     """Calls `pictures` elsewhere."""
     post: Callable[[dict[str, Any]], None]
     """Sends an event to the driver."""
@@ -45,13 +47,16 @@ class Preview:
             self.post({"stage": where["stage"], "images": where["images"], "pictures": pictures})
         return {}
 
-    def pictures(self, uri: str) -> dict[int, Pictures]:
+    def pictures(self, uri: str) -> "dict[int, Pictures]":
         """Pictures from the averaged weights of a checkpoint, (B, r, r, 3) uint8 by resolution.
 
         Raises:
             ConfigError: There is no such checkpoint, as when it was pruned meanwhile.
             CheckpointError: It is damaged.
         """
+        # Imported here, so that a worker that only trains has less to import when it takes over.
+        from pipelines.sample.generator import Generator
+
         device = "cuda" if self.config.gpus and torch.cuda.is_available() else "cpu"
         generator = Generator.from_checkpoint(open_checkpoint(uri).uri, device=device)
         levels = generator.generate_from_text(

@@ -52,6 +52,8 @@ class RunContext:
     """Who holds the folder of the run; None where nobody else can write there."""
     selection: Selection | None = None
     """The rows that are trained on; found by each worker if empty."""
+    trace: str | None = None
+    """Local folder in which each worker writes down what it does (see `trace`); none does if empty."""
 
 
 def check_same_rows(context: RunContext, start: Checkpoint) -> None:
@@ -139,7 +141,9 @@ class StageRun:
                 rows = self._accumulate(batches)
                 norm = optimizer_step(self.state, lr=lr, max_grad_norm=self.stage.max_grad_norm)
                 window.add(rows, timestep, norm)
-                finite.add(self.state.step - 1, norm=norm, rows=rows, ids=[i for batch in batches for i in batch.ids])
+                ids = [i for batch in batches for i in batch.ids]
+                finite.add(self.state.step - 1, norm=norm, rows=rows, ids=ids)
+                self.hooks.stepped(self.state.step, ids, reader.wait_s)
                 done = self.state.step == self.stage.num_steps
                 is_reported = done or self.state.step % self.config.log_every_steps == 0
                 if done:

@@ -2,8 +2,8 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -14,7 +14,6 @@ import torch.distributed
 from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
 from mdm_core.errors import MdmError, WorkError
-from pipelines.sample.generator import Pictures
 from pipelines.tracking import SystemMetrics
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, read_manifest
 from pipelines.train.checkpoint_writer import CheckpointWriter
@@ -25,6 +24,10 @@ from pipelines.train.place import Place
 from pipelines.train.preview import Preview
 from pipelines.train.run_lock import take_fence
 from pipelines.train.stage import RunContext, StageRun, check_same_rows
+from pipelines.train.trace import Trace
+
+if TYPE_CHECKING:
+    from pipelines.sample.generator import Pictures
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -40,8 +43,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if scaling.gpus_per_worker else torch.device("cpu")
     place = Place(ranks.get_world_rank(), ranks.get_world_size(), device)
     board = arguments["board"]
-    hooks = _RayHooks(board, place, node=ranks.get_node_rank(), previews=bool(context.config.preview.captions))
+    hooks = _RayHooks(
+        board,
+        place,
+        node=ranks.get_node_rank(),
+        previews=bool(context.config.preview.captions),
+        trace=Trace(context.trace, rank=place.rank) if context.trace is not None else Hooks(),
+    )
     try:
+        hooks.reached("began")
         train_stages(context, place=place, hooks=hooks)
     except MdmError as error:
         ray.get(board.put.remote({"error": str(error)}))
@@ -55,6 +65,7 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
     """Trains what the newest checkpoint leaves to do; every worker runs it, with its own `place`."""
     with _writer(context) if place.rank == 0 else contextlib.nullcontext() as writer:
         start = _agreed_start(context.config.checkpoint.uri, place)
+        hooks.reached("opened", checkpoint=None if start is None else start.uri)
         if start is not None:
             check_same_rows(context, start)
         first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
@@ -67,6 +78,7 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
                 stage.start_from(_initial_of(context, index))
             elif inner is not None:
                 stage.grow_from(inner)
+            hooks.reached("loaded")
             # On the CPU, and nothing else of the stage, so that the next one has the device to itself.
             inner = {name: value.cpu() for name, value in stage.run().items()}
             del stage
@@ -101,10 +113,10 @@ def _writer(context: RunContext) -> CheckpointWriter:
 
 
 class _RayHooks(Hooks):
-    """Sends events to the board, and lets Ray Train make previews and tell of preemptions."""
+    """Sends events to the board, lets Ray Train make previews and tell of preemptions, and keeps a trace if wanted."""
 
-    def __init__(self, board: Any, place: Place, *, node: int, previews: bool) -> None:
-        self._board, self._place, self._previews = board, place, previews
+    def __init__(self, board: Any, place: Place, *, node: int, previews: bool, trace: Hooks) -> None:
+        self._board, self._place, self._previews, self._trace = board, place, previews, trace
         self._system = SystemMetrics(f"node-{node}") if ray.train.get_context().get_local_rank() == 0 else None
 
     def post(self, event: dict[str, Any]) -> None:
@@ -115,6 +127,12 @@ class _RayHooks(Hooks):
             return
         with contextlib.suppress(OSError, psutil.Error):
             self.post({"stage": stage, "images": images, "system": self._system.take()})
+
+    def reached(self, point: str, **further: Any) -> None:
+        self._trace.reached(point, **further)
+
+    def stepped(self, step: int, ids: Sequence[bytes], waited_s: float) -> None:
+        self._trace.stepped(step, ids, waited_s)
 
     def saved(self, uri: str, stage: int, images: int, wait: Callable[[], None]) -> None:
         if not self._previews:
@@ -150,7 +168,7 @@ class _RayHooks(Hooks):
         return "" if info is None else f"nodes {', '.join(info.preempted_node_ids)}"
 
 
-def make_pictures(preview: Preview, uri: str) -> dict[int, Pictures]:
+def make_pictures(preview: Preview, uri: str) -> "dict[int, Pictures]":
     """Has a task of its own make a preview's pictures.
 
     Raises:
@@ -170,6 +188,6 @@ def make_pictures(preview: Preview, uri: str) -> dict[int, Pictures]:
         raise WorkError(f"its task failed: {str(error).splitlines()[0]}") from error
 
 
-def _pictures(preview: Preview, uri: str) -> dict[int, Pictures]:
+def _pictures(preview: Preview, uri: str) -> "dict[int, Pictures]":
     torch.set_num_threads(max(preview.config.cpus, 1))
     return preview.pictures(uri)

@@ -45,7 +45,7 @@ def test_each_file_of_a_folder_has_a_line_and_one_bad_file_is_enough(capsys, tmp
         f"  {bad}: table: missing; set it in the file, or give --table TABLE",
         f"  {bad}: line 2: tabel: unknown key; did you mean table?",
         f"  {mute}: the file does not say what it is for; wanted one of quickstart, refresh, forget, stats, embed, "
-        "train, ema, evaluate, sample, check, benchmark train, benchmark sample, benchmark data, "
+        "train, ema, evaluate, sample, check, benchmark train, benchmark sample, benchmark data, benchmark resume, "
         "as in `command: refresh`",
     ]
 

@@ -1,0 +1,1 @@
+"""`mdm benchmark resume`: a worker of a training is killed, and what that costs is measured."""
