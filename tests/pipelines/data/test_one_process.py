@@ -12,7 +12,7 @@ import pytest
 from pipelines.data.config import RefreshConfig
 from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer
-from tests.pipelines.data.test_refresh import TROUBLE, configure, line, rows
+from tests.pipelines.data.test_refresh import PATIENT, TROUBLE, configure, line, rows
 
 _REFRESH = """
 import json, sys
@@ -37,7 +37,7 @@ def test_everything_is_accounted_for_without_ray(tmp_path: Path, server: Picture
     urls = list(server.add_pictures(40))
     lines = [line(url) for url in urls]
     lines[7:7] = [line(server.url(path)) for path in TROUBLE]
-    config = configure(tmp_path, lines, run={"workers": 1, "shard_rows": 9})
+    config = configure(tmp_path, lines, fetch=PATIENT, run={"workers": 1, "shard_rows": 9})
     out, _ = start(config).communicate(timeout=120)
     assert '"ray": false' in out
     assert f'"links": {len(lines)}, "ok": 40, "filtered": 1, "failed": {len(TROUBLE) - 1}' in out
