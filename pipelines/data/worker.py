@@ -157,12 +157,12 @@ def check(config: RefreshConfig) -> None:
     asyncio.run(engine.close())
 
 
-class ScoreWorker:
-    """Scores the rows that a `FetchWorker` hands on, and writes them.
+class _Scoring:
+    """Takes rows and gives rows, both packed, with a scorer between.
 
     Args:
         score: Which scores.
-        table_uri: Where the shards go.
+        table_uri: The table.
     """
 
     def __init__(self, *, score: ScoreConfig, table_uri: str) -> None:
@@ -175,55 +175,44 @@ class ScoreWorker:
             self._error = str(error)
 
     def __call__(self, packed: pa.Table) -> pa.Table:
-        """Returns what `shards_to_table` tells of the files written; what comes and what goes is packed."""
+        """Returns what `_answer` makes of the rows, or the error."""
         if self._error:
             return pack(None, self._error)
         try:
-            rows = unpack(packed)
-            stem = rows.schema.metadata[_STEM].decode()
-            pictures = [picture_to_score(row) for row in rows.select(["image", "frames"]).to_pylist()]
-            for name, values in self._scorer(pictures, rows["caption"].to_pylist()).items():
-                scores = pa.array(values, pa.float32())
-                if name in rows.column_names:
-                    rows = rows.set_column(rows.column_names.index(name), name, scores)
-                else:
-                    rows = rows.append_column(name, scores)
-            return pack(shards_to_table(write_rows(self._table_uri, stem, rows)))
+            return pack(self._answer(unpack(packed)))
         except MdmError as error:
             return pack(None, str(error))
 
+    def _answer(self, given: pa.Table) -> pa.Table:
+        raise NotImplementedError
 
-class RowScorer:
-    """Scores rows that the table holds already; what comes and what goes is packed.
+    def _scores(self, rows: pa.Table) -> dict[str, pa.Array]:
+        """The columns of scores of rows with `image`, `frames` and `caption`."""
+        pictures = [picture_to_score(row) for row in rows.select(["image", "frames"]).to_pylist()]
+        scores = self._scorer(pictures, rows["caption"].to_pylist())
+        return {name: pa.array(values, pa.float32()) for name, values in scores.items()}
 
-    Args:
-        score: Which scores.
-        table_uri: Where the rows are.
-    """
 
-    def __init__(self, *, score: ScoreConfig, table_uri: str) -> None:
-        self._table_uri = table_uri
-        self._error = ""
-        try:
-            self._scorer = Scorer(score)
-        except MdmError as error:
-            # As in `ScoreWorker`.
-            self._error = str(error)
+class ScoreWorker(_Scoring):
+    """Scores the rows that a `FetchWorker` hands on, writes them, and tells what `shards_to_table` does of the files."""
 
-    def __call__(self, packed: pa.Table) -> pa.Table:
-        """Returns columns id and those of the scores, of rows of one file that are given by `path` and `id`."""
-        if self._error:
-            return pack(None, self._error)
-        try:
-            wanted = unpack(packed)
-            rows = read_rows(self._table_uri, wanted["path"][0].as_py(), ["id", "caption", "image", "frames"])
-            rows = rows.filter(pc.is_in(rows["id"], value_set=wanted["id"].combine_chunks()))
-            pictures = [picture_to_score(row) for row in rows.select(["image", "frames"]).to_pylist()]
-            scores = self._scorer(pictures, rows["caption"].to_pylist())
-            columns = {name: pa.array(values, pa.float32()) for name, values in scores.items()}
-            return pack(pa.table({"id": rows["id"], **columns}))
-        except MdmError as error:
-            return pack(None, str(error))
+    def _answer(self, given: pa.Table) -> pa.Table:
+        stem, rows = given.schema.metadata[_STEM].decode(), given
+        for name, scores in self._scores(rows).items():
+            if name in rows.column_names:
+                rows = rows.set_column(rows.column_names.index(name), name, scores)
+            else:
+                rows = rows.append_column(name, scores)
+        return shards_to_table(write_rows(self._table_uri, stem, rows))
+
+
+class RowScorer(_Scoring):
+    """Scores rows that the table holds already: of one file's `path` and `id` it makes `id` and columns of scores."""
+
+    def _answer(self, given: pa.Table) -> pa.Table:
+        rows = read_rows(self._table_uri, given["path"][0].as_py(), ["id", "caption", "image", "frames"])
+        rows = rows.filter(pc.is_in(rows["id"], value_set=given["id"].combine_chunks()))
+        return pa.table({"id": rows["id"], **self._scores(rows)})
 
 
 def written_here(
