@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.cli import run_job
-from pipelines.run_config import Config
+from pipelines.run_config import Config, PngUri
 
 
 class StatsConfig(Config):
@@ -16,7 +16,7 @@ class StatsConfig(Config):
 
     table: str = Field(min_length=1)
     """The sample table: a local folder or s3://…."""
-    plot: str | None = None
+    plot: PngUri | None = None
     """Where to draw a picture of it: a path or s3://…, as in stats.png."""
 
 

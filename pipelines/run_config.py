@@ -10,9 +10,9 @@ import difflib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -27,6 +27,15 @@ class Config(BaseModel):
     """A frozen section of configuration; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _must_be_png(uri: str) -> str:
+    if not uri.lower().endswith(".png"):
+        raise ValueError(f"{uri} must end in .png, as what is drawn is a PNG")
+    return uri
+
+
+PngUri: TypeAlias = Annotated[str, AfterValidator(_must_be_png)]
 
 
 def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str, description: str) -> ConfigT:

@@ -9,7 +9,7 @@ from mdm_core.errors import ConfigError
 from mdm_core.presets import PRESETS
 from mdm_core.samplers import Solver
 from pipelines.benchmark.shapes import shaped
-from pipelines.run_config import Config
+from pipelines.run_config import Config, PngUri
 
 
 class ShapeConfig(Config):
@@ -202,7 +202,7 @@ class DataBenchmarkConfig(Config):
     """Rows of the table in which a refresh finds nothing new."""
     memory_links: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(2000, 20_000, 200_000), min_length=1)
     """Lengths of the lists whose memory is measured."""
-    plot: str | None = None
+    plot: PngUri | None = None
     """A PNG file for the memory of those."""
     folder: str | None = None
     """Where photos, lists and tables lie, to be used again; a temporary folder if empty."""

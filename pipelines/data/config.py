@@ -123,7 +123,7 @@ class ImageConfig(Config):
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpeg and webp."""
     max_pixels: int = Field(default=100_000_000, ge=1)
-    """Largest picture decoded, in pixels, read from its header."""
+    """Largest picture decoded, or enlarged to, in pixels; its size is read from its header."""
 
 
 class VideoConfig(Config):

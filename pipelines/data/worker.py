@@ -194,7 +194,7 @@ class _Scoring:
 
 
 class ScoreWorker(_Scoring):
-    """Scores the rows that a `FetchWorker` hands on, writes them, and tells what `shards_to_table` does of the files."""
+    """Scores and writes the rows that a `FetchWorker` hands on; gives what `shards_to_table` tells of the files."""
 
     def _answer(self, given: pa.Table) -> pa.Table:
         stem, rows = given.schema.metadata[_STEM].decode(), given

@@ -20,8 +20,9 @@ _LAST_32_BITS = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network(":
 # All of IPv6 that is handed out for use on the internet. What lies outside may be taken for public by the standard
 # library: 64:ff9b:1::/48 and ::ffff:0:0:0/96, for two, lead to IPv4 addresses of any kind.
 _GIVEN_OUT = ipaddress.IPv6Network("2000::/3")
-# Reserved for protocols; some of it is public to the standard library.
-_RESERVED = ipaddress.IPv4Network("192.0.0.0/24")
+# Public to the standard library, some of them in newer versions only, and meant for something else: protocols, the
+# relays of 6to4 that are no more (RFC 7526), documentation (RFC 9637).
+_RESERVED = tuple(ipaddress.ip_network(network) for network in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20"))
 
 
 class PrivateAddressError(OSError):
@@ -123,8 +124,10 @@ def system_lookup(host: str) -> list[str]:
 
 
 def _is_public(ip: _Address) -> bool:
+    if any(ip.version == network.version and ip in network for network in _RESERVED):
+        return False
     if isinstance(ip, ipaddress.IPv4Address):
-        return ip.is_global and not ip.is_multicast and ip not in _RESERVED
+        return ip.is_global and not ip.is_multicast
     return ip.is_global and ip in _GIVEN_OUT
 
 

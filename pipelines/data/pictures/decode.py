@@ -7,6 +7,7 @@ half a picture.
 
 import functools
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ def decode(body: bytes, image: ImageConfig, filters: FiltersConfig) -> Picture |
         return Failure(reason)
     try:
         with _open(body, image_format) as opened:
-            if opened.width * opened.height > image.max_pixels:
+            if has_too_many_pixels(opened.width, opened.height, image):
                 return Failure("too_many_pixels")
             if reason := size_reason(opened.width, opened.height, filters):
                 return Failure(reason, outcome="filtered")
@@ -94,6 +95,11 @@ def target_size(width: int, height: int, image: ImageConfig) -> tuple[int, int]:
         return width, height
     scale = image.size_px / side
     return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def has_too_many_pixels(width: int, height: int, image: ImageConfig) -> bool:
+    """Returns whether a picture, or what it would be enlarged to, is larger than `image.max_pixels`."""
+    return max(width * height, math.prod(target_size(width, height, image))) > image.max_pixels
 
 
 def _open(body: bytes, image_format: str) -> ImageFile.ImageFile:

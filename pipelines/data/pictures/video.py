@@ -18,6 +18,7 @@ from mdm_core.errors import ConfigError
 from pipelines.data.config import FiltersConfig, ImageConfig, VideoConfig
 from pipelines.data.failure import Failure
 from pipelines.data.filters import size_reason
+from pipelines.data.pictures.decode import has_too_many_pixels
 from pipelines.data.pictures.phash import perceptual_hash
 from pipelines.data.pictures.resize import Pixels
 from pipelines.data.pictures.video_frames import Renderer, iter_shown
@@ -145,7 +146,7 @@ def _clip(
         if renderer is None:
             # Only the first frame tells the shape of pixels and the rotation for certain.
             renderer = Renderer(stream, frame, image)
-            if renderer.shown_width * renderer.shown_height > image.max_pixels:
+            if has_too_many_pixels(renderer.shown_width, renderer.shown_height, image):
                 return Failure("too_many_pixels")
             if reason := size_reason(renderer.shown_width, renderer.shown_height, filters):
                 return Failure(reason, outcome="filtered")

@@ -101,6 +101,16 @@ def test_header_is_checked_before_anything_is_decoded() -> None:
     assert decode(FORMATS["jpeg"], ImageConfig(max_pixels=900 * 600 - 1), ALL) == Failure("too_many_pixels")
 
 
+@pytest.mark.parametrize("size", [(900, 2), (2, 900)])
+def test_a_strip_is_not_enlarged_without_limit(size: tuple[int, int]) -> None:
+    body = encode(Image.new("RGB", size, "red"), "PNG")
+    fits = ImageConfig(size_px=64, upscale=True, max_pixels=28_800 * 64)
+    assert decode(body, fits.model_copy(update={"max_pixels": 28_800 * 64 - 1}), ALL) == Failure("too_many_pixels")
+    picture = decode(body, fits, ALL)
+    assert isinstance(picture, Picture)
+    assert sorted((picture.width, picture.height)) == [64, 28_800]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
 def test_orientation_is_applied(orientation: int, image_format: str) -> None:

@@ -59,6 +59,8 @@ def test_table_is_described_as_it_was_made(
     assert '"failed": 5' in capsys.readouterr().out
     with Image.open(drawn) as picture:
         assert picture.size == (1100, 700)
+    assert main([config.table.uri, "--plot", "stats.svg"]) == 2
+    assert "stats.svg must end in .png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])

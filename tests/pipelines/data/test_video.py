@@ -524,6 +524,10 @@ def test_size_is_checked_before_anything_is_decoded() -> None:
     assert decode_clip(no_pictures, limit, ALL, FROM_START) == Failure("too_many_pixels")
     stretched = EXACT.model_copy(update={"max_pixels": 2 * 144 * 96 - 1})
     assert decode_clip(make_stretched(Fraction(2)), stretched, ALL, FROM_START) == Failure("too_many_pixels")
+    enlarged = ImageConfig(size_px=128, upscale=True, max_pixels=256 * 128)
+    assert isinstance(decode_clip(NUMBERED, enlarged, ALL, FROM_START), Clip)
+    limit = enlarged.model_copy(update={"max_pixels": 256 * 128 - 1})
+    assert decode_clip(NUMBERED, limit, ALL, FROM_START) == Failure("too_many_pixels")
 
 
 def test_sizes_are_filtered() -> None:
