@@ -20,8 +20,8 @@ class EmaConfig(Config):
     """Folder of a run that was trained with checkpoint.ema_snapshots_every_images: local or s3://…."""
     length: float = Field(gt=0, lt=0.28)
     """Length of the average: standard deviation of its profile, as a share of the images so far."""
-    out: str = Field(min_length=1)
-    """Model file to write, as in ema.safetensors; `mdm sample --checkpoint` takes it."""
+    out: str | None = Field(default=None, min_length=1)
+    """Model file to write; ema-LENGTH.safetensors in this folder if empty. `mdm sample --checkpoint` takes it."""
     stage: int | None = Field(default=None, ge=0)
     """Stage, from 0; the last one with snapshots if empty."""
     images: int | None = Field(default=None, ge=1)
@@ -31,7 +31,7 @@ class EmaConfig(Config):
 
     @model_validator(mode="after")
     def _check_out(self) -> Self:
-        if not self.out.endswith(".safetensors"):
+        if self.out is not None and not self.out.endswith(".safetensors"):
             raise ValueError(f"out={self.out} must end in .safetensors, as that is what is written")
         return self
 
@@ -52,7 +52,7 @@ def _run(config: EmaConfig) -> "EmaReport":
     return rebuild_ema(
         storage.absolute(config.checkpoint),
         length=config.length,
-        out=storage.absolute(config.out),
+        out=storage.absolute(config.out or f"ema-{config.length:g}.safetensors"),
         stage=config.stage,
         images=config.images,
         max_error=config.max_error,

@@ -50,19 +50,22 @@ def connect(min_cpus: int = 1, min_gpus: int = 0) -> None:
             )
 
 
-def check_one_node(cpus: int, gpus: int, *, what: str) -> None:
-    """Raises ConfigError if no machine of the cluster has so many CPUs and GPUs: Ray would wait for one for ever.
+def check_room(cpus: int, gpus: int, *, what: str, count: int = 1) -> None:
+    """Raises ConfigError if the machines of the cluster have no room for something: Ray would wait for ever.
 
     Args:
-        cpus: Wanted together.
+        cpus: Wanted together on one machine.
         gpus: With them.
         what: Keys of the configuration that ask for them.
+        count: How many times.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+    needs = {kind: wanted for kind, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(has.get(kind, 0) // wanted for kind, wanted in needs.items())) for has in machines if needs)
+    if needs and room < count:
         raise ConfigError(
-            f"{what} ask for {cpus} CPUs and {gpus} GPUs on one machine, and no machine of the Ray cluster has them; "
-            "ask for fewer, or join another cluster"
+            f"{what} ask {count} times for {cpus} CPUs and {gpus} GPUs together on one machine, and the machines of "
+            f"the Ray cluster have room for {room}; ask for fewer, or set RAY_ADDRESS to another cluster"
         )
 
 

@@ -13,6 +13,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
 from mdm_core.errors import MdmError, WorkError
 from pipelines import cluster, storage
@@ -76,12 +77,9 @@ def train(config: TrainConfig, *, trace: str | None = None) -> TrainReport:
     table, store, selection = open_table(config, start)
     first_stage = 0 if start is None else start.manifest.stage + 1
     initial = find_initial_weights(config, store.width, first_stage=first_stage)
-    scaling = config.scaling
-    cluster.connect(
-        min_cpus=scaling.min_workers * scaling.cpus_per_worker, min_gpus=scaling.min_workers * scaling.gpus_per_worker
-    )
-    if config.preview.captions:
-        cluster.check_one_node(config.preview.cpus, config.preview.gpus, what="preview.cpus and preview.gpus")
+    # Here, as the weights of the encoder may not be there.
+    preview_text = _preview_text(config) if config.preview.captions else None
+    _join_cluster(config)
     tags = {"table": table.uri, "table_version": table.version, "rows": selection.num_rows}
     if start is not None and start.passed_over:
         tags["checkpoints_passed_over"] = "\n".join(start.passed_over)
@@ -99,7 +97,7 @@ def train(config: TrainConfig, *, trace: str | None = None) -> TrainReport:
         )
         run.log_dict(config.model_dump(mode="json"), "config.yaml")
         context = RunContext(config, table.version, run.id, initial, lock.owner, selection, trace)
-        _fit(context, run, key, start)
+        _fit(context, run, key, start, preview_text)
     return _report(config, open_checkpoint(config.checkpoint.uri), trained=True)
 
 
@@ -109,7 +107,18 @@ def _key(config: TrainConfig, table: SampleTable) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> None:
+def _join_cluster(config: TrainConfig) -> None:
+    scaling, preview = config.scaling, config.preview
+    workers, cpus, gpus = scaling.min_workers, scaling.cpus_per_worker, scaling.gpus_per_worker
+    cluster.connect(min_cpus=workers * cpus, min_gpus=workers * gpus)
+    cluster.check_room(cpus, gpus, what="scaling.cpus_per_worker and scaling.gpus_per_worker", count=workers)
+    if preview.captions:
+        cluster.check_room(preview.cpus, preview.gpus, what="preview.cpus and preview.gpus")
+
+
+def _fit(
+    context: RunContext, run: Run, key: str, start: Checkpoint | None, preview_text: tuple[Tensor, Tensor] | None
+) -> None:
     config, scaling = context.config, context.config.scaling
     # On the driver's machine, which the run needs anyway.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -136,7 +145,7 @@ def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> N
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
-        validation_config=_validation(config, board),
+        validation_config=_validation(config, preview_text, board),
     )
     if scaling.min_workers < scaling.max_workers:
         # Ray Train counts on a machine for some seconds after it is gone, and would wait a minute for it.
@@ -156,14 +165,18 @@ def _fit(context: RunContext, run: Run, key: str, start: Checkpoint | None) -> N
         raise WorkError(watch.last_error)
 
 
-def _validation(config: TrainConfig, board: Any) -> ValidationConfig | None:
-    """Has Ray Train make previews of each checkpoint, in a task beside the training."""
-    captions = config.preview.captions
-    if not captions:
-        return None
+def _preview_text(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The captions of the previews, as the network takes them."""
     encoder = load_text_encoder(config.text.encoder, max_tokens=config.text.max_tokens)
     fill = not config.model.matryoshka(encoder.width).networks[-1].mask_text
-    text = pad_text(encoder.encode(captions), width=encoder.width, length=config.text.max_tokens, fill=fill)
+    embeddings = encoder.encode(config.preview.captions)
+    return pad_text(embeddings, width=encoder.width, length=config.text.max_tokens, fill=fill)
+
+
+def _validation(config: TrainConfig, text: tuple[Tensor, Tensor] | None, board: Any) -> ValidationConfig | None:
+    """Has Ray Train make previews of each checkpoint, in a task beside the training."""
+    if text is None:
+        return None
     post = functools.partial(_post, board)
     preview = Preview(config.preview, config.seed, text, run_task=make_pictures, post=post)
     return ValidationConfig(fn=preview, ray_remote_kwargs={"num_cpus": 0})

@@ -29,6 +29,22 @@ def test_a_cluster_with_too_few_cpus_is_refused_before_work_waits_for_ever(ray_c
     )
 
 
+def test_workers_must_fit_the_machines_and_not_only_all_of_them_together(monkeypatch):
+    machines = [({"CPU": 6.0, "GPU": 1.0}, True), ({"CPU": 3.0, "GPU": 2.0}, True), ({"CPU": 64.0, "GPU": 8.0}, False)]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Resources": has, "Alive": alive} for has, alive in machines])
+    # By hand: how many times they fit, of the machines that are alive.
+    for cpus, gpus, room in ((4, 0, 1), (3, 0, 3), (2, 0, 4), (1, 1, 3), (2, 1, 2), (0, 1, 3), (4, 2, 0), (7, 0, 0)):
+        if room:
+            cluster.check_room(cpus, gpus, what="workers", count=room)
+        with pytest.raises(ConfigError) as caught:
+            cluster.check_room(cpus, gpus, what="workers", count=room + 1)
+        assert str(caught.value) == (
+            f"workers ask {room + 1} times for {cpus} CPUs and {gpus} GPUs together on one machine, and the machines "
+            f"of the Ray cluster have room for {room}; ask for fewer, or set RAY_ADDRESS to another cluster"
+        )
+    cluster.check_room(0, 0, what="nothing")
+
+
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch, scheme):
     with socket.socket() as bound:

@@ -115,6 +115,16 @@ def test_any_length_is_the_average_kept_while_training(line: Line, tmp_path: Pat
     assert {value.dtype for value in model.network.state_dict().values()} == {torch.float32}
 
 
+def test_without_a_name_the_file_is_named_by_the_length(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, result, _ = mdm_ema(capsys, "--length", "0.10", "--checkpoint", line.run)
+    assert (code, result["out"]) == (0, str(tmp_path / "ema-0.1.safetensors"))
+    mdm_ema(capsys, "--length", "0.10", "--checkpoint", line.run, "--out", "named.safetensors")
+    assert (tmp_path / "ema-0.1.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -106,6 +106,10 @@ def test_a_run_in_progress_is_not_joined(ray_cluster: None, table: SampleTable, 
         ({"text": {"encoder": "t5:small", "max_tokens": 8}}, "has no embeddings by t5:small; run `mdm embed"),
         ({"text": {"max_tokens": 16}}, "have max_tokens=8, wanted 16"),
         ({"scaling": {"workers": 8}}, "needs 8 CPUs at once, but the Ray cluster has 4"),
+        (
+            {"scaling": {"cpus_per_worker": 4}, "preview": {"captions": ["a cat"], "cpus": 5}},
+            r"preview\.cpus and preview\.gpus ask 1 times for 5 CPUs and 0 GPUs",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_starts(
@@ -116,6 +120,22 @@ def test_what_cannot_work_is_refused_before_it_starts(
     with pytest.raises(ConfigError, match=message):
         train(run_config(table, tmp_path, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_that_is_gone_is_told_before_there_is_a_run(
+    ray_cluster: None, table: SampleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has its embeddings; the captions of the previews have none yet."""
+
+    def gone(name: str, *, max_tokens: int) -> None:
+        raise ConfigError(f"the weights of {name} are gone")
+
+    monkeypatch.setattr(pipeline, "load_text_encoder", gone)
+    config = run_config(table, tmp_path, preview={"captions": ["a cat"]})
+    with pytest.raises(ConfigError, match="the weights of minilm are gone"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_stage_must_fit_the_workers_and_the_networks(table: SampleTable, tmp_path: Path) -> None:
