@@ -6,12 +6,13 @@ EXTRAS := quickstart,img2dataset,video,scores,heic,t5,s3,dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test proofs lint format clean
 
 help:
 	@echo "make quickstart   run the whole pipeline on real captioned pictures, into out/quickstart"
 	@echo "make test         lint, check types and run every test"
 	@echo "make install      create $(VENV) and install mdm into it; the others do it when needed"
+	@echo "make proofs       what takes too long for every change: killed refreshes, elastic training, S3 that fails"
 	@echo "make lint         ruff, mypy and the layers"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make clean        remove $(VENV) and caches; out/ stays"
@@ -32,6 +33,12 @@ quickstart: install
 
 test: lint
 	$(BIN)/pytest
+
+proofs: install
+	$(BIN)/python -m tests.pipelines.data.accounting --links 20000 --kills 5
+	$(BIN)/python -m tests.pipelines.data.accounting --links 20000 --kills 5 --s3 --fail_percent 5
+	$(BIN)/pytest tests/pipelines/train/object_storage.py
+	$(BIN)/pytest tests/pipelines/train/elastic.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -216,8 +216,9 @@ def test_the_command_prints_a_column_a_stage_and_one_object(
 ) -> None:
     file = tmp_path / "train.yaml"
     file.write_text(dump_config(run_config(table, tmp_path, plan=NO_MEMORY)))
-    assert job.main(["--config", str(file), *switch, "--json"]) == 0
+    assert job.main(["--config", str(file), *switch, "--on-nan", "skip", "--json"]) == 0
     out, err = capsys.readouterr()
+    assert "on_nan: skip" in err.splitlines()
     assert [stage["steps"] for stage in json.loads(out)["stages"]] == [6, 4]
     rows = [line.split() for line in err.splitlines()]
     assert ["optimizer", "steps", "6", "4"] in rows
