@@ -63,7 +63,8 @@ class EmbeddingStore:
             ConfigError: Some are missing, or they were made with another `max_tokens`.
         """
         info = read_info(table.uri, encoder_name)
-        command = f"run `mdm embed --table {table.uri} --encoder {encoder_name}`"
+        tokens = "" if max_tokens is None else f" --max_tokens {max_tokens}"
+        command = f"run `mdm embed --table {table.uri} --encoder {encoder_name}{tokens}`"
         if info is None:
             raise ConfigError(f"{table.uri} has no embeddings by {encoder_name}; {command}")
         check_max_tokens(table.uri, info, max_tokens)

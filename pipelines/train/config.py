@@ -36,7 +36,7 @@ class TextConfig(Config):
     """How captions are given to the network."""
 
     encoder: str = "minilm"
-    """Encoder whose embeddings `mdm embed` made: minilm, open_clip:MODEL or t5:NAME."""
+    """Encoder whose embeddings `mdm embed` made: minilm, open_clip:MODEL/WEIGHTS or t5:NAME_OR_FOLDER."""
     max_tokens: int = Field(default=32, ge=1, le=512)
     """Tokens of a caption that are kept."""
     precomputed: bool = True

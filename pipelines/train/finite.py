@@ -102,6 +102,6 @@ def _message(step: int, by_rank: list[list[str]]) -> str:
             parts.append(f"rank {rank}, rows {', '.join(bad[:_MOST_NAMED])}{more}")
     where = "; ".join(parts) or "the loss of every row is finite, so it is the backward pass that overflows"
     return (
-        f"the gradients of step {step} are not finite ({where}); look at those rows (`id` of the table) and leave them "
-        "out with data.where, lower the stage's lr, or pass over such steps with on_nan=skip"
+        f"the gradients of step {step} are not finite ({where}); pass over such steps with on_nan=skip, or look at "
+        "those rows (`id` of the table) and begin another run (another checkpoint.uri) without them or with a lower lr"
     )

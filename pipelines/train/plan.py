@@ -113,7 +113,10 @@ def plan_training(config: TrainConfig) -> TrainPlan:
     """
     config = with_absolute_places(config)
     peak = _card_peak(config)
-    not_checked = ["whether the cluster has the CPUs and GPUs"]
+    not_checked = ["whether the cluster has the CPUs and GPUs, tracking.uri answers, and no other run holds the folder"]
+    not_checked += [
+        f"what stages.{number}.init_from holds" for number, stage in enumerate(config.stages) if stage.init_from
+    ]
     start = _newest_checkpoint(config, not_checked)
     table, rows, width = _table(config, start, not_checked)
     if config.preview.captions:
