@@ -41,7 +41,7 @@ class StoredRows:
         except (ValueError, OSError) as error:
             raise WorkError(
                 f"the picture of row {self.ids[row].hex()} of {self.uri} can't be decoded: {storage.one_line(error)}; "
-                "restore the file, or leave the row out with data.where"
+                "restore the file, or begin another run (another checkpoint.uri) whose data.where leaves the row out"
             ) from error
 
 

@@ -46,7 +46,7 @@ def test_the_step_the_rank_and_the_row_are_named(spoiled: SampleTable, tmp_path:
     config = config_of(spoiled, tmp_path)
     step, _ = expected(config, spoiled)[0]
     message = (
-        rf"the gradients of step {step} are not finite \(rank 0, rows {row_id(SPOILED).hex()}\); look at those rows"
+        rf"the gradients of step {step} are not finite \(rank 0, rows {row_id(SPOILED).hex()}\); pass over such steps"
     )
     with pytest.raises(WorkError, match=message):
         train_stages(RunContext(config, spoiled.version, "run"), place=Place(), hooks=Listener())
