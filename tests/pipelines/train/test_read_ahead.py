@@ -136,6 +136,6 @@ def test_a_picture_that_can_t_be_decoded_is_named(tmp_path: Path) -> None:
     column = rows.schema.get_field_index("image")
     pq.write_table(rows.set_column(column, rows.schema.field(column), [images]), path)
     one = rows["id"][2].as_py().hex()
-    message = rf"the picture of row {one} of {path} can't be decoded: .*; restore the file, or leave the row out"
+    message = rf"the picture of row {one} of {path} can't be decoded: .*; restore the file, or begin another run"
     with pytest.raises(WorkError, match=message):
         steps(table, 1, batch=6)
