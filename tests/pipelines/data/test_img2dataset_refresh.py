@@ -14,6 +14,7 @@ from tests.pipelines.data.test_refresh import configure, counts, line, rows
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("img2dataset") is None, reason="img2dataset is not installed")
 
+Told = tuple[str, str | None]
 IMAGE = {"size_px": 48, "format": "jpeg", "quality": 90}
 THEIRS = {"image_size": 48, "resize_mode": "keep_ratio", "resize_only_if_bigger": True, "encode_quality": 90}
 TROUBLE = {
@@ -35,7 +36,7 @@ def identity(url: str) -> bytes:
     return hashlib.blake2b(url.encode(), digest_size=16).digest()
 
 
-def assert_accounted(report: RefreshReport, config: RefreshConfig, wanted: dict[str, tuple[str, str | None]]) -> None:
+def assert_accounted(report: RefreshReport, config: RefreshConfig, wanted: dict[str, Told]) -> None:
     """Asserts that the report and the table both say what is wanted of each link, and each link has one row."""
     found = rows(config)
     assert {row["url"]: (row["outcome"], row["reason"]) for row in found} == wanted
@@ -48,7 +49,7 @@ def assert_accounted(report: RefreshReport, config: RefreshConfig, wanted: dict[
 
 def test_refresh_by_its_engine_stores_what_it_would_write(tmp_path: Path, server: PictureServer) -> None:
     urls = serve(server)
-    troubled = {server.url(path): told for path, told in TROUBLE.items()}
+    troubled: dict[str, Told] = {server.url(path): told for path, told in TROUBLE.items()}
     lines = [line(url) for url in (*urls, *troubled)] + [line(urls[1]), "no tab here", line(urls[2] + "?x", "short")]
     config = configure(
         tmp_path,
@@ -61,7 +62,7 @@ def test_refresh_by_its_engine_stores_what_it_would_write(tmp_path: Path, server
     assert counts(report) == {
         "links": 17, "ok": 8, "filtered": 4, "failed": 3, "duplicate": 1, "malformed": 1, "unchanged": 0,
     }  # fmt: skip
-    wanted = dict.fromkeys(urls[:8], ("ok", None)) | {
+    wanted: dict[str, Told] = dict.fromkeys(urls[:8], ("ok", None)) | {
         urls[8]: ("filtered", "too_small"),
         urls[9]: ("filtered", "exact_duplicate"),
         urls[2] + "?x": ("filtered", "caption_words"),
@@ -87,7 +88,7 @@ def test_refresh_by_its_engine_stores_what_it_would_write(tmp_path: Path, server
 @pytest.mark.parametrize("layout", ["webdataset", "parquet"])
 def test_refresh_of_its_folder_holds_what_lies_there(tmp_path: Path, server: PictureServer, layout: str) -> None:
     urls = serve(server)
-    troubled = {server.url(path): told for path, told in TROUBLE.items()}
+    troubled: dict[str, Told] = {server.url(path): told for path, told in TROUBLE.items()}
     listed = [*urls, *troubled, urls[3]]
     run_img2dataset(tmp_path / "run", listed, **THEIRS, output_format=layout, number_sample_per_shard=4)
     written = read_written(tmp_path / "run")
@@ -104,7 +105,7 @@ def test_refresh_of_its_folder_holds_what_lies_there(tmp_path: Path, server: Pic
     assert counts(report) == {
         "links": 15, "ok": 8, "filtered": 3, "failed": 3, "duplicate": 1, "malformed": 0, "unchanged": 0,
     }  # fmt: skip
-    wanted = dict.fromkeys(urls[:8], ("ok", None)) | {
+    wanted: dict[str, Told] = dict.fromkeys(urls[:8], ("ok", None)) | {
         urls[8]: ("filtered", "too_small"),
         urls[9]: ("filtered", "exact_duplicate"),
     }

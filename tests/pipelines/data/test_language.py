@@ -1,6 +1,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import py3langid
 import pytest
@@ -66,7 +67,10 @@ def test_refresh_keeps_the_languages_that_are_wanted_and_says_which_each_is(
 ) -> None:
     captions = [*CAPTIONS, "123 456 789", "Hund da"]
     urls = list(server.add_pictures(len(captions)))
-    sections = {"filters": {"language": ["en", "de", "th"]}, "run": {"workers": 1, "shard_rows": 4}}
+    sections: dict[str, dict[str, Any]] = {
+        "filters": {"language": ["en", "de", "th"]},
+        "run": {"workers": 1, "shard_rows": 4},
+    }
     config = configure(tmp_path, list(map(line, urls, captions)), **sections)
     report = refresh(config)
     assert (report.ok, report.filtered, report.failed) == (3, 8, 0)
