@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -14,6 +14,9 @@ from pydantic import Field, field_validator
 
 from mdm_core.errors import ConfigError, WorkError
 from pipelines.run_config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -73,6 +76,11 @@ class Run:
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         with _translated(self._tracking):
             self._client.log_image(self.id, picture, key=key, step=step)
+
+    def log_figure(self, figure: "Figure", name: str) -> None:
+        """Logs a drawing as an artifact; `name` ends in .png."""
+        with _translated(self._tracking):
+            self._client.log_figure(self.id, figure, name)
 
     def log_file(self, path: str, folder: str = "") -> None:
         """Logs a local file as an artifact."""

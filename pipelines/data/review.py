@@ -8,6 +8,7 @@ from typing import Any, Self
 from PIL import Image, ImageOps
 
 from pipelines.data.config import RefreshConfig
+from pipelines.data.stats import stats_figure, table_stats
 from pipelines.data.table.ledger import Ledger
 from pipelines.data.table.sample_table import read_rows
 from pipelines.data.table.shards import WrittenShard
@@ -47,7 +48,7 @@ class Review:
                 self._kept.append(shard.path)
 
     def tell(self, report: Mapping[str, Any], ledger: Ledger) -> None:
-        """Logs what became of the links, and two grids."""
+        """Logs what became of the links, what the table holds if that has changed, and two grids."""
         if self._run is None:
             return
         numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
@@ -57,6 +58,11 @@ class Review:
         self._run.log_metrics(numbers, step)
         self._run.log_metrics({f"reason.{name}": count for name, count in report["reasons"].items()}, step)
         self._run.log_dict(dict(report), "report.json")
+        if worked_on or report["scored"] or report["pruned"]:
+            # It reads a little of every file, as a refresh does when it begins; with nothing new that would be half.
+            stats = table_stats(ledger.uri)
+            self._run.log_dict(stats, "stats.json")
+            self._run.log_figure(stats_figure(stats), "stats.png")
         for name, pictures in (("kept", self._kept_pictures(ledger)), ("filtered", self._filtered)):
             if pictures:
                 self._run.log_image(grid(pictures), name, step)

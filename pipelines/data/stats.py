@@ -1,7 +1,7 @@
 """What a table holds, and how it came about: outcomes, reasons, hosts that fail, sizes, and each refresh's pace."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUM_READERS = 8
+_READ_SHARDS = 256
 _NUM_HOSTS = 20
+_NUM_REFRESHES_DRAWN = 30
 _SIDE_EDGES_PX = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 _COLUMNS = {
     "ok": ["original_width", "original_height"],
@@ -38,19 +40,16 @@ def table_stats(uri: str) -> dict[str, Any]:
     outcomes = dict.fromkeys(OUTCOMES, 0)
     reasons: Counter[str] = Counter()
     hosts: dict[str, Counter[str]] = {}
-    sides = [np.empty(0, np.int64)]
+    sides: Counter[int] = Counter()
     shards = table.shards(outcome=None)
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        for shard, rows in zip(
-            shards, pool.map(lambda one: table.read(one, _COLUMNS[one.outcome]), shards), strict=True
-        ):
-            outcomes[shard.outcome] += shard.num_rows
-            if shard.outcome == "ok":
-                sides.append(_shorter_sides(rows))
-                continue
-            reasons.update(rows["reason"].to_pylist())
-            if shard.outcome == "failed":
-                _count_hosts(hosts, rows)
+    for shard, rows in _each_shard(table, shards):
+        outcomes[shard.outcome] += shard.num_rows
+        if shard.outcome == "ok":
+            _count_sides(sides, rows)
+            continue
+        reasons.update(rows["reason"].to_pylist())
+        if shard.outcome == "failed":
+            _count_hosts(hosts, rows)
     return {
         "uri": table.uri,
         "table_version": table.version,
@@ -58,7 +57,7 @@ def table_stats(uri: str) -> dict[str, Any]:
         **outcomes,
         "reasons": dict(reasons.most_common()),
         "hosts": _worst(hosts),
-        "sides_px": _side_counts(np.concatenate(sides)),
+        "sides_px": {str(edge): sides[edge] for edge in _SIDE_EDGES_PX if sides[edge]},
         "size_bytes": sum(shard.size_bytes for shard in shards),
         "ok_bytes": _bytes_of(shards, "ok"),
         "refreshes": refreshes(table),
@@ -111,24 +110,29 @@ def stats_text(stats: Mapping[str, Any]) -> str:
 
 
 def stats_figure(stats: Mapping[str, Any]) -> "Figure":
-    """Returns the statistics as a picture of four charts."""
+    """Returns the statistics as a picture of five charts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    charts = figure.subplots(2, 2)
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    charts = figure.subplot_mosaic([["outcomes", "reasons"], ["hosts", "sides"], ["pace", "pace"]])
     reasons = list(stats["reasons"].items())[:12][::-1]
     hosts = [(host["host"], host["failed"]) for host in stats["hosts"]][:12][::-1]
-    for axes, title, bars in (
-        (charts[0][0], "outcomes", [(name, stats[name]) for name in OUTCOMES][::-1]),
-        (charts[0][1], "why rows have no picture", reasons),
-        (charts[1][0], "hosts that fail most", hosts),
+    for name, title, bars in (
+        ("outcomes", "outcomes", [(name, stats[name]) for name in OUTCOMES][::-1]),
+        ("reasons", "why rows have no picture", reasons),
+        ("hosts", "hosts that fail most", hosts),
     ):
-        axes.barh([name for name, _ in bars], [count for _, count in bars])
+        axes = charts[name]
+        axes.barh([label for label, _ in bars], [count for _, count in bars])
         axes.set_title(title)
         axes.set_xlabel("rows")
-    axes = charts[1][1]
+    axes = charts["sides"]
     axes.bar(list(stats["sides_px"]), list(stats["sides_px"].values()))
     axes.set_title("pictures by shorter side, from … pixels")
+    last = stats["refreshes"][-_NUM_REFRESHES_DRAWN:]
+    axes = charts["pace"]
+    axes.bar([str(each["table_version"]) for each in last], [each["links_per_s"] for each in last])
+    axes.set_title("links a second of each refresh, by the version that it made")
     figure.suptitle(f"{stats['rows']:,} rows at version {stats['table_version']}")
     return figure
 
@@ -141,14 +145,18 @@ def _section(title: str, rows: Any) -> list[str]:
     return [title + ":", *lines] if lines else []
 
 
-def _shorter_sides(rows: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
-    sides = pc.min_element_wise(rows["original_width"], rows["original_height"])
-    return np.asarray(sides.drop_null().to_numpy(), np.int64)
+def _each_shard(table: SampleTable, shards: Sequence[Shard]) -> Iterator[tuple[Shard, pa.Table]]:
+    """Yields each file, and the columns of its rows that are counted; a few files are in memory."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        for first in range(0, len(shards), _READ_SHARDS):
+            some = shards[first : first + _READ_SHARDS]
+            yield from zip(some, pool.map(lambda one: table.read(one, _COLUMNS[one.outcome]), some), strict=True)
 
 
-def _side_counts(sides: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, int]:
-    counts, _ = np.histogram(sides, bins=[*_SIDE_EDGES_PX, np.iinfo(np.int64).max])
-    return {str(edge): int(count) for edge, count in zip(_SIDE_EDGES_PX, counts, strict=True) if count}
+def _count_sides(counts: Counter[int], rows: pa.Table) -> None:
+    sides = pc.min_element_wise(rows["original_width"], rows["original_height"]).drop_null().to_numpy()
+    found, _ = np.histogram(sides, bins=[*_SIDE_EDGES_PX, np.iinfo(np.int64).max])
+    counts.update(dict(zip(_SIDE_EDGES_PX, found.tolist(), strict=True)))
 
 
 def _count_hosts(hosts: dict[str, Counter[str]], rows: pa.Table) -> None:

@@ -91,7 +91,7 @@ def run(proof: Proof, num_kills: int, seed: int) -> None:
         victims = ["driver", "worker"][:num_kills] + draw.choices(["driver", "worker"], k=max(0, num_kills - 2))
         draw.shuffle(victims)
         began_s = time.monotonic()
-        tables = proof.check_kills(victims, seed=seed, undisturbed="undisturbed")
+        tables = proof.check_kills(victims, seed=seed, undisturbed=proof.table("undisturbed"))
         print(f"      {num_kills} kills, and to the end, in {time.monotonic() - began_s:.1f} s")
         proof.check_nothing_new(tables[-1])
     proof.checks.equal("no worker needs memory for a bomb", proof.peak_worker_bytes < _BOMB_BYTES, True)

@@ -201,7 +201,8 @@ class Proof:
     ) -> list[str]:
         """Refreshes with kills at random moments, then to the end, and compares with a table made without any.
 
-        Returns the tables made: another one is begun where the last is whole before all of `victims` were killed.
+        `undisturbed` is the URI of that table. Returns the tables made: another one is begun where the last is whole
+        before all of `victims` were killed.
         """
         draw = random.Random(seed)
         self._work_s = self._work_s if work_s is None else work_s
@@ -220,7 +221,7 @@ class Proof:
             self.checks.equal("counts add up to the list", accounted, self.links.counts()["links"])
             self.check_rows(tables[-1], self.server.report())
             if undisturbed is not None:
-                made, wanted = summary(self.table(tables[-1])), summary(self.table(undisturbed))
+                made, wanted = summary(self.table(tables[-1])), summary(undisturbed)
                 self.checks.each("rows that are those of the undisturbed table", made, wanted)
         return tables
 

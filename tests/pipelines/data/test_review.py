@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,22 @@ def test_refresh_is_told_to_mlflow_with_pictures_of_both_kinds(tmp_path: Path, s
     experiment = client.get_experiment_by_name("data")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
+    folder = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     metrics = run.data.metrics
     names = ("links", "ok", "filtered", "failed", "duplicate", "malformed", "unchanged", "table_version")
     assert [metrics[name] for name in names] == [7, 5, 1, 1, 0, 0, 0, report.table_version]
     assert {name: metrics[f"reason.{name}"] for name in report.reasons} == {"too_small": 1, "http_404": 1}
     assert (run.info.status, run.data.params["source.name"]) == ("FINISHED", "test")
+    told = json.loads((folder / "stats.json").read_text())
+    assert [told[name] for name in ("rows", "ok", "filtered", "failed", "table_version")] == [
+        *(7, 5, 1, 1),
+        report.table_version,
+    ]
+    assert told["hosts"] == [{"host": "127.0.0.1", "failed": 1, "mostly": "http_404"}]
+    assert told["sides_px"] == {"64": 5}
+    assert [(each["ok"], each["filtered"], each["failed"]) for each in told["refreshes"]] == [(5, 1, 1)]
+    with Image.open(folder / "stats.png") as drawn:
+        assert drawn.size == (1100, 1000)
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
     assert {path.split("/")[1].split("%")[0].split("+")[0] for path in pictures} == {"kept", "filtered"}
     for path in pictures:
@@ -37,6 +49,13 @@ def test_refresh_is_told_to_mlflow_with_pictures_of_both_kinds(tmp_path: Path, s
         # Five tiles of eight, or one; the rest is white.
         tiles = np.asarray(picture).reshape(96, 8, 96, 3).min(axis=(0, 2, 3))
         assert (tiles < 250).sum() == (5 if "kept" in path else 1)
+
+    # Where nothing is new, no more of the table is read than before.
+    refresh(config)
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
+    assert [run.data.metrics["unchanged"] for run in runs] == [7, 0]
+    files = [{file.path for file in client.list_artifacts(run.info.run_id)} for run in runs]
+    assert files == [{"report.json"}, {"report.json", "images", "stats.json", "stats.png"}]
 
 
 def test_tiles_keep_their_shape() -> None:

@@ -62,8 +62,11 @@ def test_kills_of_the_driver_and_of_a_worker_change_nothing(
     short_folder: Path, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with TroubleServer(300, seed=1) as server, failing(s3_server, monkeypatch, percent=5):
+        local = Proof(server, short_folder, str(short_folder / "local"), shard_rows=50, deadline_s=4, num_workers=1)
+        code, _, _ = local.refresh("undisturbed")
+        assert code == 0
         proof = Proof(server, short_folder, bucket, shard_rows=20, deadline_s=4)
-        proof.check_kills(["driver", "worker"], seed=1, work_s=4)
+        proof.check_kills(["driver", "worker"], seed=1, undisturbed=local.table("undisturbed"), work_s=4)
     assert proof.checks.failed == []
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -7,7 +8,7 @@ from jobs import forget as forget_job
 from jobs import refresh as refresh_job
 from jobs.stats import main
 from pipelines.data.refresh import refresh
-from pipelines.data.stats import stats_text, table_stats
+from pipelines.data.stats import stats_figure, stats_text, table_stats
 from pipelines.data.table.commit import commit
 from pipelines.data.table.sample_table import SampleTable
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
@@ -52,13 +53,21 @@ def test_table_is_described_as_it_was_made(
             (each["ok"] + each["filtered"] + each["failed"]) / each["seconds"], rel=0.01
         )
 
+    charts: dict[str, list[Any]] = {axes.get_title(): list(axes.patches) for axes in stats_figure(stats).axes}
+    assert [bar.get_width() for bar in charts["outcomes"]] == [5, 1, 7]
+    assert [bar.get_width() for bar in charts["hosts that fail most"]] == [1, 1, 3]
+    pace = [bar.get_height() for bar in charts["links a second of each refresh, by the version that it made"]]
+    assert pace == pytest.approx(
+        [11 / stats["refreshes"][0]["seconds"], 2 / stats["refreshes"][1]["seconds"]], rel=0.01
+    )
+
     text = stats_text(stats)
     assert f"  {'http_404':<24}{3:>12}" in text.splitlines()
     drawn = tmp_path / "stats.png"
     assert main([config.table.uri, "--plot", str(drawn), "--json"]) == 0
     assert '"failed": 5' in capsys.readouterr().out
     with Image.open(drawn) as picture:
-        assert picture.size == (1100, 700)
+        assert picture.size == (1100, 1000)
     assert main([config.table.uri, "--plot", "stats.svg"]) == 2
     assert "stats.svg must end in .png" in capsys.readouterr().err
 
