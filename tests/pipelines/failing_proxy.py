@@ -108,6 +108,7 @@ class _Proxy:
         # Neither of the two is signed.
         kept = [line for line in lines if line.partition(b":")[0].strip().lower() not in (b"expect", b"connection")]
         answer = await self._ask(b"\r\n".join([*kept, b"Connection: close", b"", b""]) + body)
+        self.counts["answer_bytes"] += len(answer)
         if failure == "cut_answer":
             writer.write(answer[: len(answer) // 2])
             await writer.drain()

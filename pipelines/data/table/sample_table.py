@@ -260,15 +260,10 @@ def read_rows(table_uri: str, path: str, columns: Sequence[str], schema: pa.Sche
     Raises:
         WorkError: The file is missing or damaged.
     """
-    uri = storage.join(table_uri, path)
-    try:
-        with storage.open_input(uri) as file:
-            parquet = pq.ParquetFile(file)
-            there = set(parquet.schema_arrow.names)
-            rows = parquet.read(columns=[name for name in columns if name in there])
-            num_rows = parquet.metadata.num_rows
-    except (OSError, pa.ArrowInvalid) as error:
-        raise WorkError(f"{uri} can't be read: {storage.one_line(error)}; {_RESTORE}") from error
+    with open_parquet(storage.join(table_uri, path), _RESTORE) as parquet:
+        there = set(parquet.schema_arrow.names)
+        rows = parquet.read(columns=[name for name in columns if name in there])
+        num_rows = parquet.metadata.num_rows
     if len(rows.column_names) == len(columns):
         return rows
     fields = [schema.field(name) for name in columns]

@@ -2,19 +2,30 @@
 
 import contextlib
 import json
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
+import s3fs
 
 from jobs import refresh, stats
 from pipelines import s3, storage
+from pipelines.benchmark.data.noop import sample_rows
+from pipelines.data.config import FiltersConfig
+from pipelines.data.stats import table_stats
+from pipelines.data.table import keys
+from pipelines.data.table.commit import commit
+from pipelines.data.table.ledger import Ledger
 from pipelines.data.table.sample_table import SampleTable
+from pipelines.data.table.shards import write_shard
 from tests.pipelines.data.accounting_proof import Proof
 from tests.pipelines.data.trouble_server import TroubleServer
 from tests.pipelines.failing_proxy import FAILURES, FailingProxy
@@ -77,6 +88,27 @@ def test_two_at_once_make_one_table(
         proof = Proof(server, short_folder, bucket, shard_rows=25, deadline_s=4, num_workers=1)
         proof.check_two_at_once("table")
     assert proof.checks.failed == []
+
+
+def test_pictures_are_not_fetched_to_see_what_there_is(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a refresh's look at the table, and by statistics: of 12 MB, the columns that they are about."""
+    pictures = random.Random(0)
+    urls = [f"http://127.0.0.1:9/{number}.jpg" for number in range(600)]
+    rows = sample_rows(urls, [pictures.randbytes(20_000) for _ in urls], ["a caption"] * len(urls), datetime.now(UTC))
+    uri = f"{bucket}/table"
+    shards = [write_shard(uri, f"00000000-{n:06d}", "ok", rows.slice(300 * n, 300)) for n in range(2)]
+    commit(Ledger(uri, now_s=time.time()), shards, FiltersConfig())
+    with failing(s3_server, monkeypatch, percent=0) as proxy:
+        s3.check_bucket.cache_clear()
+        s3fs.S3FileSystem.clear_instance_cache()
+        found, _ = Ledger(uri, now_s=time.time()).look_up(np.sort(keys.from_column(rows["id"])))
+        told = table_stats(uri)
+    assert (found.tolist(), told["rows"]) == ([True] * 600, 600)
+    assert told["ok_bytes"] > 12_000_000
+    # Ids and hashes alone are 29 kB that nothing compresses.
+    assert 29_000 < proxy.counts["answer_bytes"] < 1_000_000
 
 
 def test_versions_and_statistics_are_read_from_s3(
