@@ -24,6 +24,8 @@ class WindowMeans:
     """Mean over the steps whose gradients were finite."""
     steps: int
     seconds: float
+    agreed_step_s: float
+    """Seconds of a step as rank 0 has them: the same number on every worker, unlike `seconds`."""
     waited_s: float
     """Mean over the workers of what `take` was given."""
 
@@ -60,10 +62,13 @@ class LossWindow:
             waited_s: Seconds that this worker waited for data meanwhile.
         """
         steps = len(self._sums)
-        totals = torch.cat([torch.stack(self._sums).sum(dim=0), torch.tensor([waited_s], device=self._place.device)])
+        # Without what the device has still to do, a step or two; to add zeros to it rounds nothing.
+        step_s = (time.monotonic() - self._began_s) / steps * (self._place.rank == 0)
+        seconds_of = torch.tensor([step_s, waited_s], device=self._place.device)
+        totals = torch.cat([torch.stack(self._sums).sum(dim=0), seconds_of])
         if self._place.workers > 1:
             torch.distributed.all_reduce(totals)
-        *values, waited_s = totals.tolist()
+        *values, step_s, waited_s = totals.tolist()
         num_resolutions = len(values) - 2 * NUM_QUARTERS - 2
         quarters = values[num_resolutions : num_resolutions + NUM_QUARTERS]
         counts = values[num_resolutions + NUM_QUARTERS : -2]
@@ -76,6 +81,7 @@ class LossWindow:
             grad_norm=values[-2] / max(values[-1], 1.0),
             steps=steps,
             seconds=seconds,
+            agreed_step_s=step_s,
             waited_s=waited_s / self._place.workers,
         )
 

@@ -32,6 +32,7 @@ from pipelines.train.ingest.selection import Selection, select_rows
 from pipelines.train.initial import InitialFile, begin_from, read_initial_weights
 from pipelines.train.loss_window import LossWindow, WindowMeans
 from pipelines.train.place import Place
+from pipelines.train.preemption import PreemptionNotice
 from pipelines.train.run_lock import Owner
 from pipelines.train.speed import Speed
 from pipelines.train.step import TrainState, freeze_inner, learning_rate, losses, new_state, optimizer_step
@@ -99,7 +100,6 @@ class StageRun:
         self.metrics: dict[str, float] = {}
         self.initial_weights: dict[str, str] | None = None
         self.state = self._new_state(lambda network: None)
-        self._preemption = ""
 
     def grow_from(self, inner: State) -> None:
         """Starts the stage from the averaged weights of the one before."""
@@ -132,7 +132,7 @@ class StageRun:
         """
         window = LossWindow(self.place, num_timesteps=self.config.model.num_timesteps)
         finite = FiniteCheck(self.place, self.config.on_nan, num_skipped=int(self.metrics.get("steps_skipped", 0)))
-        waited_s = 0.0
+        preemption, waited_s = PreemptionNotice(self.hooks), 0.0
         with self._reader() as reader:
             for batches in self._steps(reader):
                 lr = self._learning_rate()
@@ -149,9 +149,11 @@ class StageRun:
                 if done:
                     finite.check()
                 if is_reported:
-                    self._report(window.take(waited_s=reader.wait_s - waited_s), lr, finite.num_skipped)
+                    means = window.take(waited_s=reader.wait_s - waited_s)
+                    self._report(means, lr, finite.num_skipped)
+                    preemption.measured(means.agreed_step_s)
                     waited_s = reader.wait_s
-                self._save(finite, done, is_preempted=is_reported and self._is_preempted())
+                self._save(finite, done, is_preempted=preemption.is_new(is_reported=is_reported))
                 if done:
                     break
         return self.state.ema.state_dict()
@@ -292,13 +294,6 @@ class StageRun:
 
     def _just_passed(self, every_images: int) -> bool:
         return self.images_seen // every_images > (self.images_seen - self.stage.global_batch_size) // every_images
-
-    def _is_preempted(self) -> bool:
-        """Whether a machine has been called back since the last checkpoint for that reason."""
-        notice = self.hooks.preemption()
-        is_new = bool(notice) and notice != self._preemption
-        self._preemption = notice or self._preemption
-        return is_new
 
     def _report(self, means: WindowMeans, lr: float, num_skipped: int) -> None:
         loss = sum(means.by_resolution)

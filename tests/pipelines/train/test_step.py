@@ -1,4 +1,4 @@
-"""The loss of a step against its formula written out, for every prediction type, schedule and weighting; its state."""
+"""A step against its formulas written out: rate, loss for whatever is predicted and weighted, update; its state."""
 
 import dataclasses
 from itertools import product
@@ -12,7 +12,7 @@ from torch import Tensor
 from mdm_core.nested_unet import build_network
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.model_config import ModelConfig
-from pipelines.train.step import TrainState, losses, new_state, optimizer_step
+from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
 
 SIDES = (16, 8)
 ROWS = 6
@@ -159,3 +159,59 @@ def test_rows_that_a_resolution_has_not_count_for_nothing(fine: int) -> None:
     outer = [p for name, p in network.named_parameters() if not name.startswith("inner_unet")]
     assert all(p.grad is not None for p in network.parameters())
     assert any(bool(p.grad.any()) for p in outer if p.grad is not None) == (fine > 0)
+
+
+@pytest.mark.parametrize(
+    ("images_seen", "warmup_images", "decay", "expected"),
+    [
+        (0, 100, "constant", 2e-5),
+        (49, 100, "constant", 1e-3),
+        (99, 100, "constant", 2e-3),
+        (100, 100, "constant", 2e-3),
+        (999, 100, "constant", 2e-3),
+        (0, 100, "linear", 2e-5),
+        (49, 100, "linear", 0.951e-3),
+        (100, 100, "linear", 1.8e-3),
+        (750, 100, "linear", 0.5e-3),
+        (992, 100, "linear", 1.6e-5),
+        (0, 0, "constant", 2e-3),
+        (0, 0, "linear", 2e-3),
+        (500, 0, "linear", 1e-3),
+    ],
+)
+def test_the_learning_rate_rises_then_falls_to_nothing(
+    images_seen: int, warmup_images: int, decay: str, expected: float
+) -> None:
+    """Of a stage of 1000 images, at most 2e-3."""
+    rate = learning_rate(images_seen, peak=2e-3, warmup_images=warmup_images, total_images=1000, decay=decay)
+    assert rate == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_are_clipped_and_weights_decay_as_adamw_says() -> None:
+    """Over three steps, the middle one clipped: after one alone, AdamW's update would not show the gradients' scale."""
+    torch.manual_seed(0)
+    state = new_state(build_network(model().matryoshka(text_dim=5)), weight_decay=0.3, ema_length=0.1)
+    parameters = dict(state.network.named_parameters())
+    begun = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    copies = {name: torch.nn.Parameter(value.clone()) for name, value in begun.items()}
+    second = torch.optim.AdamW(copies.values(), betas=(0.9, 0.99), weight_decay=0.3, fused=False, foreach=False)
+    generator = torch.Generator().manual_seed(1)
+    for size, lr in ((0.5, 1e-2), (40.0, 3e-2), (1.5, 2e-2)):
+        drawn = {name: torch.randn(value.shape, generator=generator) for name, value in begun.items()}
+        drawn["conv_in.weight"].zero_()
+        squares = sum(float((value.double() ** 2).sum()) for value in drawn.values())
+        scale = size / squares**0.5
+        for name, parameter in parameters.items():
+            # In memory as the parameter is, as autograd gives it; the fused kernel counts on that.
+            parameter.grad = torch.empty_like(parameter).copy_(drawn[name] * scale)
+            copies[name].grad = drawn[name] * scale * min(1.0, 2.0 / size)
+        second.param_groups[0]["lr"] = lr
+        second.step()
+        norm = optimizer_step(state, lr=lr, max_grad_norm=2.0)
+        assert float(norm) == pytest.approx(size, rel=1e-5)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, copies[name], atol=1e-6, rtol=1e-5)
+    # Without a gradient there is the decay alone.
+    left = (1 - 1e-2 * 0.3) * (1 - 3e-2 * 0.3) * (1 - 2e-2 * 0.3)
+    torch.testing.assert_close(parameters["conv_in.weight"].detach(), begun["conv_in.weight"] * left)
+    assert state.step == 3

@@ -1,15 +1,22 @@
 """Training as the command runs it, killed with SIGKILL again and again, then run once more."""
 
+import os
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mdm_core.errors import WorkError
 from pipelines.data.table.sample_table import SampleTable
+from pipelines.train import pipeline
 from pipelines.train.checkpoint import list_checkpoints, open_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.hooks import Hooks
 from pipelines.train.place import Place
+from pipelines.train.run_lock import RunLock
 from pipelines.train.stage import RunContext
 from pipelines.train.worker import train_stages
 
@@ -74,3 +81,26 @@ def test_killed_worker_driver_and_cluster_cost_nothing_but_time(
     for name, tensors in undisturbed.items():
         assert ours[name].keys() == tensors.keys()
         assert [key for key, value in tensors.items() if not torch.equal(value, ours[name][key])] == []
+
+
+def test_a_run_ends_when_workers_have_died_more_often_than_it_forgives(
+    ray_cluster: None, table: SampleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths = tmp_path / "deaths"
+
+    def dies(arguments: dict[str, Any]) -> None:
+        with deaths.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        # Ray Train takes what dies while it is started for a fault of its own.
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(pipeline, "train_worker", dies)
+    config = run_config(table, tmp_path, scaling={"max_failures": 1})
+    with pytest.raises(WorkError, match=r"^training failed: (.|\n)*Rank 0"):
+        pipeline.train(config)
+    pids = deaths.read_text().split()
+    assert len(pids) == len(set(pids)) == 2
+    # Nothing holds the run any more.
+    with RunLock(config.checkpoint.uri):
+        pass

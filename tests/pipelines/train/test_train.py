@@ -72,6 +72,36 @@ def test_mlflow_shows_a_run_with_a_child_a_stage(alone: tuple[TrainConfig, Train
         assert whole == pytest.approx(sum(value for _, value in halves))
     assert report.stages[1]["loss_last"] == pytest.approx(history[-1][1])
     assert report.stages[0]["images_seen"] == 48
+    _check_further_metrics(config, report, children)
+
+
+def _check_further_metrics(config: TrainConfig, report: TrainReport, children: dict[str, str]) -> None:
+    """What is logged beside the losses of the resolutions, of the stage of 32 images in four steps."""
+    run = children["stage 16 px"]
+    logged = {
+        name: dict(metric_history(config.tracking, run, name))
+        for name in MlflowClient(config.tracking.uri).get_run(run).data.metrics
+    }
+    quarters = {name for name in logged if name.startswith("loss_quarter_")}
+    assert quarters <= {f"loss_quarter_{number}" for number in (1, 2, 3, 4)}
+    assert logged.keys() - quarters == {
+        *("loss", "loss_16", "loss_8", "lr", "grad_norm", "steps_skipped", "workers"),
+        *("data_wait_fraction", "checkpoint_blocked_s", "images_per_s", "peak_memory_gb"),
+    }
+    # The mean of all rows lies among the means of parts of them.
+    for images, loss in logged["loss"].items():
+        parts = [logged[name][images] for name in quarters if images in logged[name]]
+        assert min(parts) < loss < max(parts)
+    # Of the last step of each report: a linear fall from 2e-3, and a rise over two steps.
+    assert logged["lr"] == pytest.approx({16: 2e-3 * 24 / 32, 32: 2e-3 * 8 / 32})
+    warm = dict(metric_history(config.tracking, children["stage 8 px"], "lr"))
+    assert warm == pytest.approx({16: 2e-3 * 9 / 16, 32: 2e-3, 48: 2e-3})
+    assert all(0 <= fraction <= 1 for fraction in logged["data_wait_fraction"].values())
+    # The seconds of the reports add up to those of the stage.
+    assert sum(16 / rate for rate in logged["images_per_s"].values()) == pytest.approx(
+        32 / report.stages[1]["images_per_s"]
+    )
+    assert (logged["workers"], logged["steps_skipped"]) == ({16: 1, 32: 1}, {16: 0, 32: 0})
 
 
 def test_a_finished_run_says_that_nothing_is_left(alone: tuple[TrainConfig, TrainReport]) -> None:
