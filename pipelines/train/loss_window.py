@@ -1,6 +1,8 @@
 """Losses since the last report, kept on the device until they are asked for."""
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,20 @@ class WindowMeans:
     """Seconds of a step as rank 0 has them: the same number on every worker, unlike `seconds`."""
     waited_s: float
     """Mean over the workers of what `take` was given."""
+
+    def losses(self, resolutions: Sequence[int]) -> dict[str, float]:
+        """Each loss by the name that it is logged under; none where there was no row whose loss is finite.
+
+        Args:
+            resolutions: Sides in pixels, finest first.
+        """
+        named = {
+            "loss": sum(self.by_resolution),
+            **{f"loss_{side}": value for side, value in zip(resolutions, self.by_resolution, strict=True)},
+            # The first quarter has the least noise.
+            **{f"loss_quarter_{q}": value for q, value in enumerate(self.by_quarter, start=1)},
+        }
+        return {name: value for name, value in named.items() if not math.isnan(value)}
 
 
 class LossWindow:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gc
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mdm_core.errors import ConfigError
 from mdm_core.nested_unet import NestedUNet, build_network
 from mdm_core.progressive import grow
 from mdm_core.unet import UNet
@@ -55,17 +53,6 @@ class RunContext:
     """The rows that are trained on; found by each worker if empty."""
     trace: str | None = None
     """Local folder in which each worker writes down what it does (see `trace`); none does if empty."""
-
-
-def check_same_rows(context: RunContext, start: Checkpoint) -> None:
-    """Raises ConfigError if a checkpoint was trained on other rows than the run is about to be, as by another run."""
-    manifest = start.manifest
-    digest = context.selection.digest if context.selection is not None else manifest.selection
-    if manifest.table_version != context.table_version or manifest.selection not in ("", digest):
-        raise ConfigError(
-            f"{start.uri} was trained on other rows (version {manifest.table_version} of the table), and came after "
-            "this run had looked; run it again, and it goes on from there"
-        )
 
 
 class StageRun:
@@ -305,16 +292,8 @@ class StageRun:
         self.hooks.reported(self.index, self.images_seen)
         if self.place.rank != 0:
             return
-        sides = self.networks.resolutions
-        measured = {
-            "loss": loss,
-            **{f"loss_{side}": value for side, value in zip(sides, means.by_resolution, strict=True)},
-            # The first quarter has the least noise.
-            **{f"loss_quarter_{q}": value for q, value in enumerate(means.by_quarter, start=1)},
-        }
         shown = {
-            # Without a row whose loss is finite there is none.
-            **{name: value for name, value in measured.items() if not math.isnan(value)},
+            **means.losses(self.networks.resolutions),
             "lr": lr,
             "grad_norm": means.grad_norm,
             "steps_skipped": num_skipped,

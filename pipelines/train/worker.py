@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
-from mdm_core.errors import MdmError, WorkError
+from mdm_core.errors import ConfigError, MdmError, WorkError
 from pipelines.tracking import SystemMetrics
 from pipelines.train.checkpoint import Checkpoint, latest_checkpoint, read_manifest
 from pipelines.train.checkpoint_writer import CheckpointWriter
@@ -23,7 +23,7 @@ from pipelines.train.initial import InitialFile
 from pipelines.train.place import Place
 from pipelines.train.preview import Preview
 from pipelines.train.run_lock import take_fence
-from pipelines.train.stage import RunContext, StageRun, check_same_rows
+from pipelines.train.stage import RunContext, StageRun
 from pipelines.train.trace import Trace
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def train_stages(context: RunContext, *, place: Place, hooks: Hooks) -> None:
         start = _agreed_start(context.config.checkpoint.uri, place)
         hooks.reached("opened", checkpoint=None if start is None else start.uri)
         if start is not None:
-            check_same_rows(context, start)
+            _check_same_rows(context, start)
         first = 0 if start is None else start.manifest.stage + start.manifest.stage_done
         inner = start.tensors("ema") if start is not None and start.manifest.stage_done else None
         for index in range(first, len(context.config.stages)):
@@ -191,3 +191,14 @@ def make_pictures(preview: Preview, uri: str) -> "dict[int, Pictures]":
 def _pictures(preview: Preview, uri: str) -> "dict[int, Pictures]":
     torch.set_num_threads(max(preview.config.cpus, 1))
     return preview.pictures(uri)
+
+
+def _check_same_rows(context: RunContext, start: Checkpoint) -> None:
+    """Raises ConfigError if a checkpoint was trained on other rows than the run is about to be, as by another run."""
+    manifest = start.manifest
+    digest = context.selection.digest if context.selection is not None else manifest.selection
+    if manifest.table_version != context.table_version or manifest.selection not in ("", digest):
+        raise ConfigError(
+            f"{start.uri} was trained on other rows (version {manifest.table_version} of the table), and came after "
+            "this run had looked; run it again, and it goes on from there"
+        )
