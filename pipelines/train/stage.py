@@ -230,7 +230,11 @@ class StageRun:
         return [name for name in network.levels() if name in named or "all" in named]
 
     def _distributed(self, network: UNet) -> nn.Module:
-        compiled: nn.Module = torch.compile(network) if self.config.scaling.compile else network  # type: ignore[assignment]
+        compiled: nn.Module = network
+        if self.config.scaling.compile:
+            # What was compiled for the sizes of the stage before would make every size here a variable.
+            torch.compiler.reset()
+            compiled = torch.compile(network)  # type: ignore[assignment]
         if self.place.workers == 1:
             return compiled
         devices = [self.place.device] if self.place.device.type == "cuda" else None
