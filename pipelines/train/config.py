@@ -89,6 +89,17 @@ class StageConfig(Config):
         """Optimizer steps of the stage."""
         return -(-self.images // self.global_batch_size)
 
+    @property
+    def num_images(self) -> int:
+        """Images that these steps take."""
+        return self.num_steps * self.global_batch_size
+
+    def learning_rate(self, images_seen: int) -> float:
+        """The learning rate of the step that begins after `images_seen` images of the stage."""
+        rise = min(1.0, (images_seen + 1) / self.warmup_images) if self.warmup_images else 1.0
+        fall = 1 - images_seen / self.num_images if self.decay == "linear" else 1.0
+        return self.lr * rise * fall
+
 
 class ScalingConfig(Config):
     """On what the network is trained; none of it changes which rows a step takes."""
@@ -124,6 +135,12 @@ class ScalingConfig(Config):
     def max_workers(self) -> int:
         """The most workers that the run takes."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    def dtype(self, *, on_gpu: bool) -> Literal["float32", "bfloat16"]:
+        """In what the networks compute there."""
+        if self.precision == "auto":
+            return "bfloat16" if on_gpu else "float32"
+        return self.precision
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:

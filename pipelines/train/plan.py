@@ -1,7 +1,7 @@
 """What a run would take, worked out without a cluster and without running anything: `mdm train --dry-run`."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -138,7 +138,7 @@ def plan_training(config: TrainConfig) -> TrainPlan:
         continues_from=None if start is None else start.uri,
         workers=config.scaling.max_workers,
         gpus_per_worker=config.scaling.gpus_per_worker,
-        dtype=_dtype(config),
+        dtype=config.scaling.dtype(on_gpu=config.scaling.gpus_per_worker > 0),
         card=config.plan.card if on_gpu else None,
         share_of_peak=config.plan.share_of_peak if on_gpu else None,
         deadline_h=deadline_h,
@@ -155,17 +155,10 @@ def _card_peak(config: TrainConfig) -> float | None:
     """FLOP/s of all workers by the card's data sheet; None where they have no GPU."""
     if not config.scaling.gpus_per_worker:
         return None
-    peak = known_peak(config.plan.card, _dtype(config), tf32=True)
+    peak = known_peak(config.plan.card, config.scaling.dtype(on_gpu=config.scaling.gpus_per_worker > 0), tf32=True)
     if peak is None:
         raise ConfigError(f"plan.card: got {config.plan.card!r}; wanted one of {', '.join(known_cards())}")
     return peak * config.scaling.max_workers * config.scaling.gpus_per_worker
-
-
-def _dtype(config: TrainConfig) -> Literal["bfloat16", "float32"]:
-    precision = config.scaling.precision
-    if precision == "auto":
-        return "bfloat16" if config.scaling.gpus_per_worker else "float32"
-    return precision
 
 
 def _newest_checkpoint(config: TrainConfig, not_checked: list[str]) -> Checkpoint | None:
@@ -220,9 +213,9 @@ def _stage_plan(
         resolution=stage.resolution,
         parameters=parameters,
         steps=stage.num_steps,
-        images=stage.num_steps * stage.global_batch_size,
+        images=stage.num_images,
         images_left=_images_left(stage, index, start),
-        epochs=None if rows is None else stage.num_steps * stage.global_batch_size / rows,
+        epochs=None if rows is None else stage.num_images / rows,
         images_per_pass=images_per_pass,
         passes_per_step=-(-share // images_per_pass),
         flops_per_image=round(training_flops(networks, text_tokens=config.text.max_tokens, mix=stage.resolution_mix)),
@@ -239,7 +232,7 @@ def _stage_plan(
 
 
 def _images_left(stage: StageConfig, index: int, start: Checkpoint | None) -> int:
-    images = stage.num_steps * stage.global_batch_size
+    images = stage.num_images
     if start is None or start.manifest.stage < index:
         return images
     return images - start.manifest.images_seen if start.manifest.stage == index else 0
@@ -248,7 +241,12 @@ def _images_left(stage: StageConfig, index: int, start: Checkpoint | None) -> in
 def _memory(
     config: TrainConfig, networks: MatryoshkaConfig, *, images: int, chosen: tuple[str, ...], levels: tuple[str, ...]
 ) -> dict[str, MemoryPlan]:
-    bare = Planned(config=networks, batch=images, text_tokens=config.text.max_tokens, dtype=_dtype(config))
+    bare = Planned(
+        config=networks,
+        batch=images,
+        text_tokens=config.text.max_tokens,
+        dtype=config.scaling.dtype(on_gpu=config.scaling.gpus_per_worker > 0),
+    )
     each = {"as_configured": chosen, "nothing_recomputed": (), "all_recomputed": levels}
     known = {
         checkpointed: _memory_of(replace(bare, checkpointed=checkpointed), num_averages=_num_averages(config))

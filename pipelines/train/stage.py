@@ -33,7 +33,7 @@ from pipelines.train.place import Place
 from pipelines.train.preemption import PreemptionNotice
 from pipelines.train.run_lock import Owner
 from pipelines.train.speed import Speed
-from pipelines.train.step import TrainState, freeze_inner, learning_rate, losses, new_state, optimizer_step
+from pipelines.train.step import TrainState, freeze_inner, losses, new_state, optimizer_step
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class StageRun:
         preemption, waited_s = PreemptionNotice(self.hooks), 0.0
         with self._reader() as reader:
             for batches in self._steps(reader):
-                lr = self._learning_rate()
+                lr = self.stage.learning_rate(self.images_seen)
                 # Each by itself: joined they would not be pinned any more, and the host would wait for the device.
                 timestep = torch.cat([b.timestep.to(self.place.device, non_blocking=True) for b in batches])
                 rows = self._accumulate(batches)
@@ -197,8 +197,7 @@ class StageRun:
 
     @property
     def _uses_bfloat16(self) -> bool:
-        precision = self.config.scaling.precision
-        return precision == "bfloat16" or (precision == "auto" and self.place.device.type == "cuda")
+        return self.config.scaling.dtype(on_gpu=self.place.device.type == "cuda") == "bfloat16"
 
     @property
     def images_seen(self) -> int:
@@ -273,16 +272,6 @@ class StageRun:
             pin_memory=self.place.device.type == "cuda",
         )
 
-    def _learning_rate(self) -> float:
-        stage = self.stage
-        return learning_rate(
-            self.images_seen,
-            peak=stage.lr,
-            warmup_images=stage.warmup_images,
-            total_images=stage.num_steps * stage.global_batch_size,
-            decay=stage.decay,
-        )
-
     def _just_passed(self, every_images: int) -> bool:
         return self.images_seen // every_images > (self.images_seen - self.stage.global_batch_size) // every_images
 
@@ -330,7 +319,7 @@ class StageRun:
         self.hooks.saved(uri, self.index, self.images_seen, wait)
 
     def _manifest(self, done: bool) -> Manifest:
-        before = sum(s.num_steps * s.global_batch_size for s in self.config.stages[: self.index])
+        before = sum(stage.num_images for stage in self.config.stages[: self.index])
         return Manifest(
             stage=self.index,
             images_seen=self.images_seen,

@@ -15,13 +15,6 @@ from mdm_core.unet import UNet
 from pipelines.train.ingest.batch import Batch
 
 
-def learning_rate(images_seen: int, *, peak: float, warmup_images: int, total_images: int, decay: str) -> float:
-    """The learning rate of the step that begins after `images_seen` images of the stage."""
-    rise = min(1.0, (images_seen + 1) / warmup_images) if warmup_images else 1.0
-    fall = 1 - images_seen / total_images if decay == "linear" else 1.0
-    return peak * rise * fall
-
-
 @dataclass
 class TrainState:
     """What a checkpoint of a stage holds."""

@@ -53,7 +53,7 @@ class Watch:
         self._take_events, self._run, self._key, self._config = take, run, key, config
         self._before = [0]
         for stage in config.stages:
-            self._before.append(self._before[-1] + stage.num_steps * stage.global_batch_size)
+            self._before.append(self._before[-1] + stage.num_images)
         self._progress = Progress("train", total=self._before[-1], unit="images", start=images_seen)
         self._stage_runs = contextlib.ExitStack()
         self._stages: dict[int, Run] = {}

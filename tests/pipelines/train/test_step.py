@@ -2,7 +2,7 @@
 
 import dataclasses
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mdm_core.nested_unet import build_network
+from pipelines.train.config import StageConfig
 from pipelines.train.ingest.batch import Batch
 from pipelines.train.model_config import ModelConfig
-from pipelines.train.step import TrainState, learning_rate, losses, new_state, optimizer_step
+from pipelines.train.step import TrainState, losses, new_state, optimizer_step
 
 SIDES = (16, 8)
 ROWS = 6
@@ -180,11 +181,13 @@ def test_rows_that_a_resolution_has_not_count_for_nothing(fine: int) -> None:
     ],
 )
 def test_the_learning_rate_rises_then_falls_to_nothing(
-    images_seen: int, warmup_images: int, decay: str, expected: float
+    images_seen: int, warmup_images: int, decay: Literal["constant", "linear"], expected: float
 ) -> None:
     """Of a stage of 1000 images, at most 2e-3."""
-    rate = learning_rate(images_seen, peak=2e-3, warmup_images=warmup_images, total_images=1000, decay=decay)
-    assert rate == pytest.approx(expected, rel=1e-12)
+    stage = StageConfig(
+        resolution=8, images=1000, global_batch_size=8, lr=2e-3, warmup_images=warmup_images, decay=decay
+    )
+    assert stage.learning_rate(images_seen) == pytest.approx(expected, rel=1e-12)
 
 
 def test_gradients_are_clipped_and_weights_decay_as_adamw_says() -> None:
