@@ -6,8 +6,6 @@ a configuration that is logged.
 
 import contextlib
 import errno
-import glob
-import hashlib
 import os
 import re
 import secrets
@@ -27,13 +25,11 @@ from pipelines.remote import RemoteFile, as_os_error
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of a local file that is not yet whole."""
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
-# What a web server tells of a file that changes when the file does.
-_HTTP_VERSION = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
 
 
 def absolute(uri: str) -> str:
     """Returns the same place, a local path made absolute, so that it means the same in every process."""
-    return str(_local_path(uri)) if _scheme(uri) == "file" else uri
+    return str(_local_path(uri)) if scheme(uri) == "file" else uri
 
 
 def join(uri: str, *parts: str) -> str:
@@ -43,7 +39,25 @@ def join(uri: str, *parts: str) -> str:
 
 def file_name(uri: str) -> str:
     """Returns the last part of a path; of a link, without what follows `?` or `#`, which in a path are letters."""
-    return PurePosixPath(urlsplit(uri).path if _scheme(uri) == "http" else uri).name
+    return PurePosixPath(urlsplit(uri).path if scheme(uri) == "http" else uri).name
+
+
+def scheme(uri: str) -> str:
+    """Returns the kind of place that `uri` names: `file`, `s3`, or `http`, which is https too.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    name, separator, _ = uri.partition("://")
+    if not uri:
+        raise ConfigError("got an empty URI, wanted a local path or s3://bucket/key")
+    if not separator or name == "file":
+        return "file"
+    if name == "s3":
+        return "s3"
+    if name in ("http", "https"):
+        return "http"
+    raise ConfigError(f"{uri!r} has the scheme {name!r}, which is not supported; use a local path or s3://bucket/key")
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
@@ -52,10 +66,10 @@ def open_uri(uri: str) -> tuple[Any, str]:
     Raises:
         ConfigError: The scheme is not one of those supported, or its package is not installed.
     """
-    scheme = _scheme(uri)
-    if scheme == "file":
+    kind = scheme(uri)
+    if kind == "file":
         return fsspec.filesystem("file"), str(_local_path(uri))
-    if scheme == "http":
+    if kind == "http":
         return _http_filesystem(), uri
     path = uri.removeprefix("s3://")
     s3.check_bucket(path.partition("/")[0], s3.endpoint())
@@ -67,7 +81,7 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
     filesystem, path = open_uri(uri)
-    return (LocalFileSystem() if _scheme(uri) == "file" else PyFileSystem(FSSpecHandler(filesystem))), path
+    return (LocalFileSystem() if scheme(uri) == "file" else PyFileSystem(FSSpecHandler(filesystem))), path
 
 
 def delta_options(uri: str) -> dict[str, str]:
@@ -77,7 +91,7 @@ def delta_options(uri: str) -> dict[str, str]:
         ConfigError: It is on object storage, and can't be reached. deltalake would try for three minutes.
     """
     _check_writable(uri)
-    if _scheme(uri) != "s3":
+    if scheme(uri) != "s3":
         return {}
     open_uri(uri)
     return s3.delta_options()
@@ -99,35 +113,6 @@ def exists(uri: str) -> bool:
         return bool(filesystem.exists(path))
 
 
-def fingerprint(uri: str) -> str:
-    """Returns a short text that changes when the file at `uri`, or any that the pattern `uri` matches, is written to.
-
-    It changes as well when a file is added that the pattern matches.
-    """
-    filesystem, path = open_uri(uri)
-    # What was listed before is what is asked about.
-    filesystem.invalidate_cache()
-    if _is_pattern(uri):
-        return _digest(sorted(_matches(uri).items()))
-    with as_os_error():
-        if _scheme(uri) == "http":
-            return _digest([filesystem.info(path).get(field) for field in _HTTP_VERSION])
-        return str(filesystem.ukey(path))
-
-
-def expand(uri: str) -> list[str]:
-    """Returns the URIs of the files that a pattern (`*`, `?`, `[…]`) matches, sorted; `uri` itself if it is none.
-
-    A URI that names something as it stands is no pattern, nor is any at http(s), where there is nothing to list.
-    """
-    if not _is_pattern(uri):
-        return [uri]
-    filesystem, _ = open_uri(uri)
-    filesystem.invalidate_cache()
-    prefix = "s3://" if _scheme(uri) == "s3" else ""
-    return sorted(prefix + path for path in _matches(uri))
-
-
 def read_bytes(uri: str) -> bytes:
     """Returns the whole content of the file at `uri`.
 
@@ -135,7 +120,7 @@ def read_bytes(uri: str) -> bytes:
         FileNotFoundError: There is none.
         OSError: It can't be read, whatever the storage's client calls that.
     """
-    if _scheme(uri) == "file":
+    if scheme(uri) == "file":
         return _local_path(uri).read_bytes()
     filesystem, path = open_uri(uri)
     with as_os_error():
@@ -152,7 +137,7 @@ def open_input(uri: str, *, read_ahead: bool = True) -> pa.NativeFile:
     Raises:
         FileNotFoundError: There is none.
     """
-    if _scheme(uri) == "file":
+    if scheme(uri) == "file":
         # pyarrow's own error has neither a number nor a type that tells a missing file from a forbidden one.
         with _local_path(uri).open("rb"):
             return pa.OSFile(str(_local_path(uri)), "rb")
@@ -168,7 +153,7 @@ def open_stream(uri: str) -> pa.NativeFile:
     Raises:
         FileNotFoundError: There is none.
     """
-    if _scheme(uri) != "http":
+    if scheme(uri) != "http":
         return open_input(uri)
     filesystem, path = open_uri(uri)
     with as_os_error():
@@ -184,7 +169,7 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
     """
     _check_writable(uri)
     try:
-        if _scheme(uri) == "file":
+        if scheme(uri) == "file":
             _write_local(_local_path(uri), data)
         else:
             filesystem, path = open_uri(uri)
@@ -207,7 +192,7 @@ def create(uri: str, data: bytes) -> bool:
     _check_writable(uri)
     error: OSError | None = None
     try:
-        if _scheme(uri) == "file":
+        if scheme(uri) == "file":
             path = _local_path(uri)
             path.parent.mkdir(parents=True, exist_ok=True)
             # fsspec looks whether there is a file, and then writes one.
@@ -237,7 +222,7 @@ def list_files(uri: str) -> list[str]:
         WorkError: The server does not answer as it should.
     """
     filesystem, path = open_uri(uri)
-    prefix = "s3://" if _scheme(uri) == "s3" else ""
+    prefix = "s3://" if scheme(uri) == "s3" else ""
     with _told("list the files of", uri):
         found = filesystem.find(path)
     # Some S3 servers tell of an empty folder as if it were a file.
@@ -264,11 +249,11 @@ def delete_unfinished(uri: str, *, older_than_s: float, now_s: float) -> int:
     Raises:
         WorkError: The server does not answer as it should.
     """
-    if _scheme(uri) == "s3":
+    if scheme(uri) == "s3":
         filesystem, folder = open_uri(uri)
         with _told("look for unfinished files in", uri):
             return s3.abort_uploads(filesystem, folder, before_s=now_s - older_than_s)
-    if _scheme(uri) != "file" or not _local_path(uri).is_dir():
+    if scheme(uri) != "file" or not _local_path(uri).is_dir():
         return 0
     num_deleted = 0
     for path in _local_path(uri).rglob(f"*{TEMPORARY_SUFFIX}"):
@@ -303,21 +288,8 @@ def _told(what: str, uri: str) -> Iterator[None]:
         raise WorkError(f"could not {what} {uri}: {one_line(error)}; mend it and run again") from error
 
 
-def _scheme(uri: str) -> str:
-    scheme, separator, _ = uri.partition("://")
-    if not uri:
-        raise ConfigError("got an empty URI, wanted a local path or s3://bucket/key")
-    if not separator or scheme == "file":
-        return "file"
-    if scheme == "s3":
-        return "s3"
-    if scheme in ("http", "https"):
-        return "http"
-    raise ConfigError(f"{uri!r} has the scheme {scheme!r}, which is not supported; use a local path or s3://bucket/key")
-
-
 def _check_writable(uri: str) -> None:
-    if _scheme(uri) == "http":
+    if scheme(uri) == "http":
         raise ConfigError(f"{uri} can only be read; to write, use a local path or s3://bucket/key")
 
 
@@ -334,20 +306,6 @@ def _http_filesystem() -> Any:
         },
         encoded=True,
     )
-
-
-def _is_pattern(uri: str) -> bool:
-    return _scheme(uri) != "http" and glob.has_magic(uri) and not exists(uri)
-
-
-def _matches(uri: str) -> dict[str, Any]:
-    filesystem, path = open_uri(uri)
-    with as_os_error():
-        return {found: info for found, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"}
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _local_path(uri: str) -> Path:

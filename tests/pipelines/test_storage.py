@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mdm_core.errors import ConfigError, WorkError
-from pipelines import storage
+from pipelines import file_patterns, storage
 from tests.pipelines.file_server import FileServer
 
 
@@ -84,22 +84,22 @@ def test_path_is_made_absolute_and_bucket_is_left(tmp_path: Path, monkeypatch: p
 def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "list.tsv"
     path.write_text("a")
-    first = storage.fingerprint(str(path))
-    assert storage.fingerprint(str(path)) == first
+    first = file_patterns.fingerprint(str(path))
+    assert file_patterns.fingerprint(str(path)) == first
     path.write_text("ab")
-    assert storage.fingerprint(str(path)) != first
+    assert file_patterns.fingerprint(str(path)) != first
 
 
 def test_pattern_is_the_files_that_it_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b-2.tsv", "b-10.tsv", "a[1].tsv", "deep/b-3.tsv"):
         storage.write_bytes_atomic(str(tmp_path / name), b"")
     monkeypatch.chdir(tmp_path)
-    assert storage.expand("b-*.tsv") == [str(tmp_path / "b-10.tsv"), str(tmp_path / "b-2.tsv")]
-    assert storage.expand(f"file://{tmp_path}/d*/b-?.tsv") == [str(tmp_path / "deep/b-3.tsv")]
-    assert storage.expand("a[1].tsv") == ["a[1].tsv"]
-    assert storage.expand("none.tsv") == ["none.tsv"]
-    assert storage.expand("*.csv") == storage.expand("dee*") == []
-    assert storage.expand("https://host/list*.tsv?a=[b]") == ["https://host/list*.tsv?a=[b]"]
+    assert file_patterns.expand("b-*.tsv") == [str(tmp_path / "b-10.tsv"), str(tmp_path / "b-2.tsv")]
+    assert file_patterns.expand(f"file://{tmp_path}/d*/b-?.tsv") == [str(tmp_path / "deep/b-3.tsv")]
+    assert file_patterns.expand("a[1].tsv") == ["a[1].tsv"]
+    assert file_patterns.expand("none.tsv") == ["none.tsv"]
+    assert file_patterns.expand("*.csv") == file_patterns.expand("dee*") == []
+    assert file_patterns.expand("https://host/list*.tsv?a=[b]") == ["https://host/list*.tsv?a=[b]"]
 
 
 def test_web_is_read_and_never_written_to() -> None:
@@ -109,12 +109,12 @@ def test_web_is_read_and_never_written_to() -> None:
         assert storage.absolute(uri) == uri
         assert storage.open_stream(uri).read(100) == storage.open_input(uri).read(100) == b"content"
         server.etags["/a%20b+c.bin"] = '"1"'
-        first = storage.fingerprint(uri)
-        assert storage.fingerprint(uri) == first
+        first = file_patterns.fingerprint(uri)
+        assert file_patterns.fingerprint(uri) == first
         server.etags["/a%20b+c.bin"] = '"2"'
-        assert storage.fingerprint(uri) != first
+        assert file_patterns.fingerprint(uri) != first
         with pytest.raises(OSError, match="HTTP 404"):
-            storage.fingerprint(server.url("/gone"))
+            file_patterns.fingerprint(server.url("/gone"))
         assert storage.read_bytes(uri) == b"content"
         server.files["/forbidden"] = server.files["/cut"] = b"content"
         server.cut_short.add("/cut")

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mdm_core.errors import ConfigError
-from pipelines import storage
+from pipelines import file_patterns, storage
 from pipelines.data.config import SourceConfig
 from pipelines.data.lists.batch import FAULTS, Batch, Codes, Row, make_batch
 from pipelines.data.lists.delimited import find_column, read_delimited
@@ -58,12 +58,12 @@ def read_list(source: SourceConfig, limit: int | None = None) -> Iterator[Batch]
 
 def fingerprint(source: SourceConfig) -> str:
     """Returns a short text that changes when a part of a list is written to, added or taken away."""
-    return storage.fingerprint(_pattern(source))
+    return file_patterns.fingerprint(_pattern(source))
 
 
 def _parts(source: SourceConfig) -> list[str]:
     try:
-        parts = storage.expand(_pattern(source))
+        parts = file_patterns.expand(_pattern(source))
     except OSError as error:
         raise _unreadable(source.uri, error) from error
     if not parts:

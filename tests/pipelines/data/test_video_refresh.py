@@ -14,7 +14,7 @@ from pipelines.data.config import RefreshConfig
 from pipelines.data.refresh import refresh
 from tests.pipelines.data.picture_server import PictureServer, draw_picture, encode
 from tests.pipelines.data.test_refresh import configure, counts, rows
-from tests.pipelines.data.test_video import (
+from tests.pipelines.data.videos import (
     CLIPS,
     every_frame,
     first_stretch,
