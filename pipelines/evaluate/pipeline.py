@@ -81,8 +81,9 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
     wanted = fingerprint(config, checkpoint, table)
     if report := read_report(out, wanted):
         return report
+    where = _where(config, checkpoint, table)
     prompts, reference = draw_rows(
-        table, num_samples=config.num_samples, num_reference=config.num_reference, seed=config.seed
+        table, where=where, num_samples=config.num_samples, num_reference=config.num_reference, seed=config.seed
     )
     captions = read_captions(table, prompts)
     found = _run(config, checkpoint, table, prompts, reference, captions, make)
@@ -91,7 +92,7 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
         values, intervals = _measure(config, found, prompts, reference)
     delete_report(out)  # it names grids that are written anew from here on
     grids = _grids(config, checkpoint, found, captions)
-    run_id = _log(config, checkpoint, table, wanted, values, grids)
+    run_id = _log(config, checkpoint, table, where, wanted, values, grids)
     report = EvaluateReport(
         fingerprint=wanted,
         metrics=values,
@@ -100,6 +101,7 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
         images_seen=checkpoint.manifest.total_images_seen,
         table=table.uri,
         table_version=table.version,
+        where=where,
         num_samples=len(prompts),
         num_reference=len(reference),
         grids={str(side): storage.join(out, f"samples_{side}.png") for side in grids},
@@ -117,6 +119,14 @@ def _open_table(config: EvaluateConfig, checkpoint: Checkpoint) -> SampleTable:
     if version is None and uri == trained_on:
         version = checkpoint.manifest.table_version
     return SampleTable.open(uri, version)
+
+
+def _where(config: EvaluateConfig, checkpoint: Checkpoint, table: SampleTable) -> str | None:
+    """Which rows count: of the table that was trained on, those that were."""
+    if config.where is not None or table.uri != checkpoint.manifest.table_uri:
+        return config.where
+    where: str | None = checkpoint.manifest.config.get("data", {}).get("where")
+    return where
 
 
 def _run(
@@ -257,6 +267,7 @@ def _log(
     config: EvaluateConfig,
     checkpoint: Checkpoint,
     table: SampleTable,
+    where: str | None,
     key: str,
     values: dict[str, float],
     grids: dict[int, Image.Image],
@@ -271,7 +282,8 @@ def _log(
         key=f"evaluate {key}",
         tags={"mdm.checkpoint": checkpoint.uri, "mdm.table": table.uri, "mdm.table_version": table.version},
     ) as run:
-        run.log_params({"evaluate": config.model_dump(mode="json", exclude={"tracking"}), "stage": manifest.stage})
+        settings = config.model_dump(mode="json", exclude={"tracking"}) | {"where": where}
+        run.log_params({"evaluate": settings, "stage": manifest.stage})
         run.log_dict(manifest.config, "training_config.yaml")
         run.log_metrics(values, step=step)
         for side, grid in grids.items():

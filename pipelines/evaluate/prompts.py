@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 
 from mdm_core.errors import ConfigError
 from pipelines.data.table.sample_table import SampleTable, Shard
+from pipelines.train.ingest.selection import select_rows
 
 
 @dataclass(frozen=True)
@@ -20,30 +21,37 @@ class TableRow:
 
 
 def draw_rows(
-    table: SampleTable, *, num_samples: int, num_reference: int, seed: int
+    table: SampleTable, *, where: str | None = None, num_samples: int, num_reference: int, seed: int
 ) -> tuple[list[TableRow], list[TableRow]]:
     """Returns the rows of the prompts, and those of the reference: others, as many as there are but no more than asked.
 
-    Both are functions of the table's version and of the seed.
+    Both are functions of the table's version, the seed and `where`, an SQL expression for the rows that count.
 
     Raises:
-        ConfigError: The table has too few ok rows.
+        ConfigError: The expression is wrong, or true of too few ok rows.
+        WorkError: The table can't be read.
     """
-    shards = table.shards("ok")
-    ends = np.cumsum([shard.num_rows for shard in shards], dtype=np.int64)
-    count = int(ends[-1]) if len(ends) else 0
+    selection = select_rows(table, where, key="where")
+    count = selection.num_rows
     if count < num_samples + 2:
+        meant = "" if where is None else f" of which where={where!r} is true"
         raise ConfigError(
-            f"{table.uri} has {count} ok rows at version {table.version}, wanted num_samples={num_samples} and 2 "
-            f"others at least to compare with; set num_samples to {max(count - 2, 0)} or less, or refresh the table"
+            f"{table.uri} has {count} ok rows{meant} at version {table.version}, wanted num_samples={num_samples} and "
+            f"2 others at least to compare with; set num_samples to {max(count - 2, 0)} or less, or refresh the table"
         )
     drawn = np.random.default_rng(seed).choice(count, min(count, num_samples + num_reference), replace=False)
+    ends = np.cumsum(selection.rows_per_group)
+    shard_ends = accumulate(shard.num_rows for shard in selection.shards)
+    firsts = {shard.path: end - shard.num_rows for shard, end in zip(selection.shards, shard_ends, strict=True)}
 
-    def located(number: int) -> TableRow:
-        index = int(np.searchsorted(ends, number, side="right"))
-        return TableRow(number, shards[index], number - int(ends[index]) + shards[index].num_rows)
+    def located(chosen: int) -> TableRow:
+        number = int(np.searchsorted(ends, chosen, side="right"))
+        group = selection.group(number)
+        # Counted from the end of the row group.
+        row = group.first_row + int(selection.chosen_rows(number)[chosen - int(ends[number])])
+        return TableRow(firsts[group.shard.path] + row, group.shard, row)
 
-    rows = [located(int(number)) for number in drawn]
+    rows = [located(int(chosen)) for chosen in drawn]
     return rows[:num_samples], rows[num_samples:]
 
 

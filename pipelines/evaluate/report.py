@@ -11,7 +11,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.train.checkpoint import MANIFEST, Checkpoint
 
 _FILE = "evaluation.json"
-_LAYOUT = 1  # raised when a metric is computed otherwise, so that old numbers are not taken for new ones
+_LAYOUT = 2  # raised when a metric is computed otherwise, so that old numbers are not taken for new ones
 # Where results go and how the work is cut up: they change no number.
 _NO_INPUTS = {"out", "checkpoint", "table", "version", "tracking", "workers", "batch_size", "gpus_per_worker"}
 
@@ -29,6 +29,8 @@ class EvaluateReport:
     images_seen: int
     table: str
     table_version: int
+    where: str | None
+    """Which of its rows count; all if empty."""
     num_samples: int
     num_reference: int
     grids: dict[str, str]

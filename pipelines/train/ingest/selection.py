@@ -99,12 +99,13 @@ class Selection:
         return np.flatnonzero(bits[begin % 8 : begin % 8 + end - begin])
 
 
-def select_rows(table: SampleTable, where: str | None = None) -> Selection:
+def select_rows(table: SampleTable, where: str | None = None, *, key: str = "data.where") -> Selection:
     """Returns the `ok` rows of a table for which an expression is true: as in SQL, null is not.
 
     Args:
         table: The table.
         where: An SQL expression over its columns but the pictures; None takes all rows.
+        key: What messages call it.
 
     Raises:
         ConfigError: The expression is wrong, no row is chosen, or one that is a clip.
@@ -113,35 +114,36 @@ def select_rows(table: SampleTable, where: str | None = None) -> Selection:
     shards = table.shards("ok")
     if not shards:
         raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
-    wanted = None if where is None else _ids_where(table, where)
+    wanted = None if where is None else _ids_where(table, where, key)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         found = list(pool.map(lambda shard: _chosen_of(table, shard, wanted), shards))
     num_clips = sum(clips for _, _, clips in found)
     if wanted is None:
-        _check_clips(table, where, num_clips)
+        _check_clips(table, where, key, num_clips)
         return Selection(shards, [sizes for sizes, _, _ in found])
     chosen = np.concatenate([mask for _, mask, _ in found])
     if chosen.sum() != len(wanted):
         raise WorkError(
-            f"data.where={where!r} is true of {len(wanted):,} rows of {table.uri} at version {table.version}, whose "
+            f"{key}={where!r} is true of {len(wanted):,} rows of {table.uri} at version {table.version}, whose "
             f"ids {chosen.sum():,} rows have: some rows share an id; refresh the links into a new table"
         )
     if not len(wanted):
         raise ConfigError(
-            f"data.where={where!r} is true of none of the {len(chosen):,} ok rows of {table.uri} at version "
+            f"{key}={where!r} is true of none of the {len(chosen):,} ok rows of {table.uri} at version "
             f"{table.version}; loosen it"
         )
     if num_clips:
-        _check_clips(table, where, int((keys.find(wanted, _ids_where(table, f"{_CLIP} is not null")) >= 0).sum()))
+        clips = _ids_where(table, f"{_CLIP} is not null", key)
+        _check_clips(table, where, key, int((keys.find(wanted, clips) >= 0).sum()))
     return Selection(shards, [sizes for sizes, _, _ in found], chosen)
 
 
-def _check_clips(table: SampleTable, where: str | None, num_clips: int) -> None:
+def _check_clips(table: SampleTable, where: str | None, key: str, num_clips: int) -> None:
     if num_clips:
         fix = f"{_CLIP} is null" if where is None else f"({where}) and {_CLIP} is null"
         raise ConfigError(
-            f"{num_clips:,} of the rows of {table.uri} at version {table.version} that data.where={where!r} chooses "
-            f"are clips, which have frames in the place of a picture; leave them out: data.where={fix!r}"
+            f"{num_clips:,} of the rows of {table.uri} at version {table.version} that {key}={where!r} chooses "
+            f"are clips, which have frames in the place of a picture; leave them out: {key}={fix!r}"
         )
 
 
@@ -174,11 +176,11 @@ def _num_values(file: pq.ParquetFile, name: str) -> int:
     return sum(group.num_rows - statistics.null_count for group, statistics in zip(groups, counted, strict=True))
 
 
-def _ids_where(table: SampleTable, where: str) -> keys.Keys:
+def _ids_where(table: SampleTable, where: str, key: str) -> keys.Keys:
     """The ids of the ok rows for which an expression is true, sorted."""
     if changing := _CHANGING.search(_QUOTED.sub("", where)):
         raise ConfigError(
-            f"data.where={where!r} calls {changing[0]}, whose value is another each time; "
+            f"{key}={where!r} calls {changing[0]}, whose value is another each time; "
             "a run must choose the same rows whenever it goes on: write the value itself"
         )
     known = [name for name in table.stored_columns if name not in _PICTURES]
@@ -205,19 +207,19 @@ def _ids_where(table: SampleTable, where: str) -> keys.Keys:
     except (DeltaError, OSError) as error:
         if may_pass(error):
             raise WorkError(f"{table.uri} can't be read: {storage.one_line(error)}; try again") from error
-        raise _wrong(where, error, known) from error
+        raise _wrong(where, key, error, known) from error
 
 
-def _wrong(where: str, error: Exception, known: Sequence[str]) -> ConfigError:
+def _wrong(where: str, key: str, error: Exception, known: Sequence[str]) -> ConfigError:
     if unknown := _UNKNOWN_COLUMN.search(str(error)):
         name = unknown[1]
         near = difflib.get_close_matches(name.lower(), known, n=1)
         fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         if name in _PICTURES:
             fix = "pictures are not read to choose rows; use width, height or another column that tells of them"
-        return ConfigError(f"data.where={where!r} names {name}, which is no column to choose by; {fix}")
+        return ConfigError(f"{key}={where!r} names {name}, which is no column to choose by; {fix}")
     reason = storage.one_line(error)
     return ConfigError(
-        f"data.where={where!r} can't be evaluated: {reason if len(reason) <= 300 else reason[:300] + '…'}; "
+        f"{key}={where!r} can't be evaluated: {reason if len(reason) <= 300 else reason[:300] + '…'}; "
         "wanted an SQL condition, as in clip_similarity >= 0.28 and width >= 256"
     )

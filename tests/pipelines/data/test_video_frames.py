@@ -2,7 +2,6 @@
 
 import io
 import math
-from collections.abc import Callable
 from fractions import Fraction
 
 import av
@@ -91,13 +90,6 @@ def test_frames_are_shown_again_where_the_video_is_slower() -> None:
 def test_length_of_a_video(num_frames: int, fits: bool) -> None:
     result = decode_clip(NUMBERED, EXACT, ALL, VideoConfig(num_frames=num_frames, fps=8.0))
     assert isinstance(result, Clip) if fits else result == Failure("too_short", outcome="filtered")
-
-
-def two_scenes(cut_at: int) -> Callable[[int], Pixels]:
-    def draw(number: int) -> Pixels:
-        return number_picture(number) // 4 + (0 if number < cut_at else 150)
-
-    return draw
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from deltalake import write_deltalake
+from deltalake import WriterProperties, write_deltalake
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -34,7 +34,7 @@ def real_picture(index: int) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="package")
 def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
-    """40 ok rows in three shards, and a few that failed."""
+    """40 ok rows in three shards of several row groups, and a few that failed."""
     uri = tmp_path_factory.mktemp("evaluate") / "table"
     for first, last, outcome in ((0, 17, "ok"), (17, 30, "ok"), (30, NUM_ROWS, "ok"), (90, 93, "failed")):
         rows = []
@@ -54,11 +54,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
             }
             rows.append(values)
         data = pa.Table.from_pylist(rows, schema=SampleTable.SCHEMA)
-        write_deltalake(str(uri), data, mode="append", partition_by=["outcome"])
+        groups = WriterProperties(max_row_group_size=6)
+        write_deltalake(str(uri), data, mode="append", partition_by=["outcome"], writer_properties=groups)
     return SampleTable.open(str(uri))
 
 
-def make_checkpoint(table: SampleTable, folder: Path, *, images_seen: int = 64) -> Checkpoint:
+def make_checkpoint(table: SampleTable, folder: Path, *, images_seen: int = 64, where: str | None = None) -> Checkpoint:
     """A network of 16 and 8 px; its EMA weights differ from its raw ones."""
     shared: dict[str, Any] = {"num_resnets": (1, 1), "num_groups": 4, "num_heads": 2, "time_dim": 16}
     shell = UNetConfig(resolution=16, channels=(4, 8), num_attention_layers=(0, 0), mid_blocks=False, **shared)
@@ -73,7 +74,7 @@ def make_checkpoint(table: SampleTable, folder: Path, *, images_seen: int = 64) 
         stage_done=True,
         network=networks.to_dict(),
         schedule={"num_timesteps": 1000, "shift_power": 1.0},
-        config={"name": "discs", "seed": 3},
+        config={"name": "discs", "seed": 3, "data": {"where": where}},
         table_uri=table.uri,
         table_version=table.version,
         text_encoder="minilm",

@@ -1,6 +1,7 @@
 """Evaluations, against the generator and the feature network asked directly in this process."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.features import load_feature_network
 from pipelines.evaluate.metrics import frechet_distance, kernel_distance
 from pipelines.evaluate.pipeline import evaluate
-from pipelines.evaluate.prompts import draw_rows, read_captions
+from pipelines.evaluate.prompts import TableRow, draw_rows, read_captions
 from pipelines.evaluate.report import EvaluateReport
 from pipelines.sample.config import SampleConfig
 from pipelines.sample.generator import Generator
@@ -165,6 +166,35 @@ def test_rows_are_drawn_by_the_seed_and_never_twice(table: SampleTable) -> None:
     assert read_captions(table, prompts) == wanted
     with pytest.raises(ConfigError, match=r"has 40 ok rows at version 3, wanted num_samples=39 .* to 38 or less"):
         draw_rows(table, num_samples=39, num_reference=20, seed=1)
+
+
+def test_rows_that_do_not_count_are_not_drawn(table: SampleTable) -> None:
+    def drawn(where: str | None, num_samples: int = 4) -> list[TableRow]:
+        prompts, reference = draw_rows(table, where=where, num_samples=num_samples, num_reference=100, seed=1)
+        return prompts + reference
+
+    where = "caption like '%3%' or caption = 'disc 20'"
+    counting = {f"disc {number}" for number in range(NUM_ROWS) if "3" in str(number) or number == 20}
+    some = drawn(where)
+    assert len(some) == len(counting) == 14
+    assert set(read_captions(table, some)) == counting
+    # A row has the same number whatever is chosen: features of real pictures are kept by it.
+    assert set(some) < set(drawn(None))
+    with pytest.raises(ConfigError, match=r"has 14 ok rows of which where=.* is true at version 3, .*num_samples=13"):
+        drawn(where, num_samples=13)
+    with pytest.raises(ConfigError, match=r"^where='captoin is null' names captoin, .* did you mean caption"):
+        drawn("captoin is null")
+
+
+def test_rows_that_were_not_trained_on_do_not_count(table: SampleTable, tmp_path: Path) -> None:
+    trained = make_checkpoint(table, tmp_path / "trained", where="caption = 'disc 3'")
+    for changes, where in (({}, "disc 3"), ({"where": "caption = 'disc 4'"}, "disc 4")):
+        with pytest.raises(ConfigError, match=rf"has 1 ok rows of which where=\"caption = '{where}'\" is true"):
+            evaluate(evaluate_config(trained, tmp_path / "out", **changes))
+    other = tmp_path / "other"
+    shutil.copytree(table.uri, other)
+    with pytest.raises(ConfigError, match=r"has 40 ok rows at version 3, wanted num_samples=39"):
+        evaluate(evaluate_config(trained, tmp_path / "out", table=str(other), num_samples=39))
 
 
 def test_what_is_not_there_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
