@@ -8,9 +8,11 @@ import os
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 
 from mdm_core.errors import ConfigError
 
+_REQUESTS_AT_ONCE = 32
 _ANOTHER_REGION = "the bucket is in another region: set AWS_REGION"
 _FIXES = {
     "SignatureDoesNotMatch": "the secret is not that of the key: correct AWS_SECRET_ACCESS_KEY",
@@ -36,6 +38,8 @@ def filesystem(**options: Any) -> Any:
     Raises:
         ConfigError: The package for it is not installed.
     """
+    # Arrow waits for S3 in threads of its own, eight if nothing is said; botocore has ten connections.
+    pa.set_io_thread_count(max(pa.io_thread_count(), _REQUESTS_AT_ONCE))
     # botocore reads AWS_DEFAULT_REGION only, and deltalake AWS_REGION first.
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     try:
@@ -44,7 +48,10 @@ def filesystem(**options: Any) -> Any:
             endpoint_url=endpoint() or None,
             client_kwargs={"region_name": region} if region else {},
             # Each request is tried so often by botocore, and the whole five times by s3fs, where it may pass.
-            config_kwargs={"retries": {"mode": "standard", "total_max_attempts": 4}},
+            config_kwargs={
+                "retries": {"mode": "standard", "total_max_attempts": 4},
+                "max_pool_connections": _REQUESTS_AT_ONCE,
+            },
             # Others write there at the same time: what was listed before says nothing.
             use_listings_cache=False,
             **options,

@@ -1,8 +1,7 @@
 """What a table holds, and how it came about: outcomes, reasons, hosts that fail, sizes, and each refresh's pace."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,8 +14,6 @@ from pipelines.data.table.sample_table import OUTCOMES, SampleTable, Shard
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NUM_READERS = 8
-_READ_SHARDS = 256
 _NUM_HOSTS = 20
 _NUM_REFRESHES_DRAWN = 30
 _SIDE_EDGES_PX = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
@@ -42,7 +39,7 @@ def table_stats(uri: str) -> dict[str, Any]:
     hosts: dict[str, Counter[str]] = {}
     sides: Counter[int] = Counter()
     shards = table.shards(outcome=None)
-    for shard, rows in _each_shard(table, shards):
+    for shard, rows in table.read_each(shards, _COLUMNS):
         outcomes[shard.outcome] += shard.num_rows
         if shard.outcome == "ok":
             _count_sides(sides, rows)
@@ -143,14 +140,6 @@ def _section(title: str, rows: Any) -> list[str]:
         shown = f"{value:>12,}" if isinstance(value, int) else f"{value:>12}"
         lines.append("  ".join([f"  {name:<24}{shown}", *map(str, more)]))
     return [title + ":", *lines] if lines else []
-
-
-def _each_shard(table: SampleTable, shards: Sequence[Shard]) -> Iterator[tuple[Shard, pa.Table]]:
-    """Yields each file, and the columns of its rows that are counted; a few files are in memory."""
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        for first in range(0, len(shards), _READ_SHARDS):
-            some = shards[first : first + _READ_SHARDS]
-            yield from zip(some, pool.map(lambda one: table.read(one, _COLUMNS[one.outcome]), some), strict=True)
 
 
 def _count_sides(counts: Counter[int], rows: pa.Table) -> None:

@@ -3,9 +3,10 @@
 In a process of its own because deltalake waits for answers without letting other Python threads run: a proxy in a
 thread of the process that asks would never answer.
 
-    python -m tests.pipelines.failing_proxy 127.0.0.1:8333 --percent 5 --seed 0
+    python -m tests.pipelines.failing_proxy 127.0.0.1:8333 --percent 5 --seed 0 --delay_s 0.03
 
-prints its port; when its standard input ends it prints, as JSON, what it did, and ends too.
+prints its port; when its standard input ends it prints, as JSON, what it did, and ends too. Each request waits
+`delay_s`, as a distant server's would.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from types import TracebackType
 from typing import Self
@@ -34,8 +36,8 @@ _SLOW_DOWN = (
 class FailingProxy:
     """The proxy, from the outside: a process that ends with the `with` block."""
 
-    def __init__(self, upstream: str, *, percent: float, seed: int = 0) -> None:
-        self._words = [upstream, "--percent", str(percent), "--seed", str(seed)]
+    def __init__(self, upstream: str, *, percent: float, seed: int = 0, delay_s: float = 0.0) -> None:
+        self._words = [upstream, "--percent", str(percent), "--seed", str(seed), "--delay_s", str(delay_s)]
         self.counts: Counter[str] = Counter()
         """Requests by what was done with them, known when it has ended."""
 
@@ -66,12 +68,19 @@ class FailingProxy:
         """Requests that it failed."""
         return sum(self.counts[kind] for kind in FAILURES)
 
+    @property
+    def mean_at_once(self) -> float:
+        """Requests on their way at a time, on the mean from the first one's beginning to the last one's end."""
+        return self.counts["busy_ms"] / self.counts["span_ms"]
+
 
 class _Proxy:
     """The proxy, from the inside. Each request has a connection of its own, so that answers need no parsing."""
 
-    def __init__(self, upstream: str, percent: float, seed: int) -> None:
+    def __init__(self, upstream: str, percent: float, seed: int, delay_s: float) -> None:
         host, _, port = upstream.partition(":")
+        self._delay_s = delay_s
+        self._first_s: float | None = None
         self._upstream = (host, int(port))
         self._percent = percent
         self._random = random.Random(seed)
@@ -95,6 +104,17 @@ class _Proxy:
         if b"expect" in headers:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await _read_body(reader, headers)
+        began_s = time.monotonic()
+        self._first_s = began_s if self._first_s is None else self._first_s
+        await asyncio.sleep(self._delay_s)
+        try:
+            await self._answer(lines, body, writer)
+        finally:
+            ended_s = time.monotonic()
+            self.counts["busy_ms"] += round(1000 * (ended_s - began_s))
+            self.counts["span_ms"] = round(1000 * (ended_s - self._first_s))
+
+    async def _answer(self, lines: list[bytes], body: bytes, writer: asyncio.StreamWriter) -> None:
         failure = self._draw()
         self.counts[failure or "passed"] += 1
         if failure == "slow_down":
@@ -157,8 +177,9 @@ async def _main() -> None:
     parser.add_argument("upstream")
     parser.add_argument("--percent", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--delay_s", type=float, default=0.0)
     words = parser.parse_args()
-    proxy = _Proxy(words.upstream, words.percent, words.seed)
+    proxy = _Proxy(words.upstream, words.percent, words.seed, words.delay_s)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20)
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)

@@ -1,7 +1,6 @@
 """What a table holds, link by link: which links need no work, and which failures may be tried again."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
@@ -16,13 +15,12 @@ from pipelines import storage
 from pipelines.data.pictures.phash import HashIndex
 from pipelines.data.table import keys
 from pipelines.data.table.delta import patiently
-from pipelines.data.table.sample_table import FORGOTTEN, SampleTable, Shard, ensure_table
+from pipelines.data.table.sample_table import FORGOTTEN, OUTCOMES, SampleTable, Shard, ensure_table
 from pipelines.data.table.shards import WrittenShard
 
 _FIRST_WAIT_S = 3600.0
 _WAIT_GROWTH = 4.0
-_NUM_READERS = 8
-_READ_SHARDS = 256
+_SHARDS_AT_ONCE = 256
 _CAPTION_REASONS = ("caption_chars", "caption_words", "language")
 _COLUMNS = {
     "ok": ["id", "caption"],
@@ -101,12 +99,9 @@ class Ledger:
         files = {self._shards[number]: here[numbers == number] for number in np.unique(numbers)}
         return {shard: rows for shard, rows in files.items() if shard.path in self.paths}
 
-    def each_shard(self, columns: list[str], outcome: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
-        """Yields each file of the version that was read, and columns of its rows; a few files are in memory."""
-        shards = self._table.shards(outcome)
-        for first in range(0, len(shards), _READ_SHARDS):
-            some = shards[first : first + _READ_SHARDS]
-            yield from zip(some, self._columns(some, columns), strict=True)
+    def each_shard(self, columns: Sequence[str], outcome: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
+        """Yields each file of the version that was read, and columns of its rows; some files ahead are in memory."""
+        yield from self._table.read_each(self._table.shards(outcome), dict.fromkeys(OUTCOMES, columns))
 
     def to_retry(self) -> tuple[keys.Keys, npt.NDArray[np.int32]]:
         """Returns the ids of the failures to try again, sorted, and how often each was tried."""
@@ -188,11 +183,11 @@ class Ledger:
         return added
 
     def _read(self, shards: Sequence[Shard]) -> None:
-        for outcome, columns in _COLUMNS.items():
+        for outcome in OUTCOMES:
             wanted = [shard for shard in shards if shard.outcome == outcome]
-            for first in range(0, len(wanted), _READ_SHARDS):
-                some = wanted[first : first + _READ_SHARDS]
-                parts = [self._entries(*part) for part in zip(some, self._columns(some, columns), strict=True)]
+            for first in range(0, len(wanted), _SHARDS_AT_ONCE):
+                some = wanted[first : first + _SHARDS_AT_ONCE]
+                parts = [self._entries(*part) for part in self._table.read_each(some, _COLUMNS)]
                 ids, links = zip(*parts, strict=True)
                 self._links.add(np.concatenate(ids), np.concatenate(links))
 
@@ -219,10 +214,6 @@ class Ledger:
         if self._retry_failed != "due":
             is_due = np.full(len(ids), self._retry_failed == "all")
         return FailedRows(ids, attempts, is_due)
-
-    def _columns(self, shards: Sequence[Shard], columns: list[str]) -> list[pa.Table]:
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            return list(pool.map(lambda shard: self._table.read(shard, columns), shards))
 
 
 def _is_in(column: pa.ChunkedArray, values: Sequence[str]) -> keys.Mask:

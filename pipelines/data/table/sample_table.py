@@ -3,7 +3,8 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
 from pipelines.data.table.delta import patiently
 
+_READ_AHEAD = 256
+READERS = 32
+"""Files of a table that one process reads at once: on S3, most of the time is waiting for an answer."""
 OUTCOMES = ("ok", "filtered", "failed")
 
 SCHEMA = pa.schema(
@@ -143,6 +147,24 @@ class SampleTable:
             rows = rows.append_column(SCHEMA.field("outcome"), pa.repeat(pa.scalar(shard.outcome), shard.num_rows))
         return rows.select(names)
 
+    def read_each(
+        self, shards: Sequence[Shard], columns: Mapping[str, Sequence[str]]
+    ) -> Iterator[tuple[Shard, pa.Table]]:
+        """Yields each of the shards, in order, with its rows; some shards ahead are in memory.
+
+        Args:
+            shards: Of this table.
+            columns: Those asked for, by the outcome of the shard.
+
+        Raises:
+            WorkError: A file is missing or damaged.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            for first in range(0, len(shards), _READ_AHEAD):
+                some = shards[first : first + _READ_AHEAD]
+                rows = pool.map(lambda shard: self.read(shard, columns[shard.outcome]), some)
+                yield from zip(some, rows, strict=True)
+
     @contextlib.contextmanager
     def open_shard(self, shard: Shard) -> Iterator[pq.ParquetFile]:
         """Yields the file of a shard, to read some of its row groups and columns.
@@ -159,7 +181,11 @@ class SampleTable:
         Raises:
             DeltaError: The query can't be understood, or its columns can't be read.
         """
-        return pa.RecordBatchReader.from_stream(QueryBuilder().register("samples", self._delta).execute(sql))
+        queries = QueryBuilder().register("samples", self._delta)
+        # It reads as many files at once as it has partitions: one a core if nothing is said, and one for small tables.
+        queries.execute(f"set datafusion.execution.target_partitions = {2 * READERS}").read_all()
+        queries.execute("set datafusion.optimizer.repartition_file_min_size = 1").read_all()
+        return pa.RecordBatchReader.from_stream(queries.execute(sql))
 
     @property
     def stored_columns(self) -> tuple[str, ...]:
@@ -262,7 +288,8 @@ def read_rows(table_uri: str, path: str, columns: Sequence[str], schema: pa.Sche
     """
     with open_parquet(storage.join(table_uri, path), _RESTORE) as parquet:
         there = set(parquet.schema_arrow.names)
-        rows = parquet.read(columns=[name for name in columns if name in there])
+        # Arrow's threads, one a core, would each wait for what it reads: of many files on S3 few would be on the way.
+        rows = parquet.read(columns=[name for name in columns if name in there], use_threads=False)
         num_rows = parquet.metadata.num_rows
     if len(rows.column_names) == len(columns):
         return rows

@@ -21,9 +21,8 @@ from mdm_core.errors import ConfigError, WorkError
 from pipelines import storage
 from pipelines.data.table import keys
 from pipelines.data.table.delta import may_pass, patiently
-from pipelines.data.table.sample_table import SampleTable, Shard, row_group_sizes
+from pipelines.data.table.sample_table import READERS, SampleTable, Shard, row_group_sizes
 
-_READ_THREADS = 16
 _PICTURES = ("image", "frames")
 _CLIP = "fps"
 """A column that clips have, and pictures have not."""
@@ -115,7 +114,7 @@ def select_rows(table: SampleTable, where: str | None = None, *, key: str = "dat
     if not shards:
         raise ConfigError(f"{table.uri} has no ok row at version {table.version}; run `mdm refresh` first")
     wanted = None if where is None else _ids_where(table, where, key)
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda shard: _chosen_of(table, shard, wanted), shards))
     num_clips = sum(clips for _, _, clips in found)
     if wanted is None:

@@ -51,8 +51,10 @@ def short_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def failing(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, *, percent: float) -> Iterator[FailingProxy]:
-    with FailingProxy(s3_server.address, percent=percent, seed=2) as proxy:
+def failing(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, *, percent: float, delay_s: float = 0.0
+) -> Iterator[FailingProxy]:
+    with FailingProxy(s3_server.address, percent=percent, seed=2, delay_s=delay_s) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
 
@@ -109,6 +111,26 @@ def test_pictures_are_not_fetched_to_see_what_there_is(
     assert told["ok_bytes"] > 12_000_000
     # Ids and hashes alone are 29 kB that nothing compresses.
     assert 29_000 < proxy.counts["answer_bytes"] < 1_000_000
+
+
+def test_many_files_are_asked_for_at_once(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a refresh's look at the table, and by a choice of rows; one after the other, a distant server takes hours."""
+    pictures = random.Random(0)
+    urls = [f"http://127.0.0.1:9/{number}.jpg" for number in range(12_000)]
+    rows = sample_rows(urls, [pictures.randbytes(300) for _ in urls], ["a caption"] * len(urls), datetime.now(UTC))
+    uri = f"{bucket}/table"
+    # Three row groups each, and between their columns more than is worth reading.
+    shards = [write_shard(uri, f"00000000-{n:06d}", "ok", rows.slice(300 * n, 300)) for n in range(40)]
+    commit(Ledger(uri, now_s=time.time()), shards, FiltersConfig())
+    with failing(s3_server, monkeypatch, percent=0, delay_s=0.3) as looking:
+        s3fs.S3FileSystem.clear_instance_cache()
+        found, _ = Ledger(uri, now_s=time.time()).look_up(np.sort(keys.from_column(rows["id"])))
+    with failing(s3_server, monkeypatch, percent=0, delay_s=0.3) as choosing:
+        s3fs.S3FileSystem.clear_instance_cache()
+        chosen = list(SampleTable.open(uri).query("select id from samples where url like '%7.jpg'"))
+    assert (found.sum(), sum(batch.num_rows for batch in chosen)) == (12_000, 1200)
+    assert looking.mean_at_once > 5
+    assert choosing.mean_at_once > 5
 
 
 def test_versions_and_statistics_are_read_from_s3(
