@@ -32,6 +32,11 @@ def absolute(uri: str) -> str:
     return str(_local_path(uri)) if scheme(uri) == "file" else uri
 
 
+def resolve(uri: str) -> str:
+    """Returns the one name of a place that has several, as by links of a local disk."""
+    return os.path.realpath(_local_path(uri)) if scheme(uri) == "file" else uri.rstrip("/")
+
+
 def join(uri: str, *parts: str) -> str:
     """Returns the URI of something inside the folder `uri`."""
     return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)])

@@ -22,8 +22,8 @@ class EvaluateConfig(Config):
     version: int | None = Field(default=None, ge=0)
     """Version of the table; the one that was trained on if empty, or the latest of another table."""
     where: str | None = Field(default=None, min_length=1)
-    """SQL condition for the rows that count, prompts and others, as `data.where` of a training; if empty, that of the
-    training where it is the same table, else all rows."""
+    """SQL condition for the rows that count, prompts and others, as `data.where` of a training: true takes all. If
+    empty, that of the training where it is the same table, in whatever version, else all rows."""
     num_samples: int = Field(default=256, ge=2)
     """Pictures to make: so many captions of the table are the prompts."""
     num_reference: int = Field(default=50_000, ge=2)

@@ -78,12 +78,17 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
     out = storage.absolute(config.out)
     checkpoint = open_checkpoint(storage.absolute(config.checkpoint))
     table = _open_table(config, checkpoint)
-    wanted = fingerprint(config, checkpoint, table)
+    where, key = _where(config, checkpoint, table)
+    wanted = fingerprint(config, checkpoint, table, where)
     if report := read_report(out, wanted):
         return report
-    where = _where(config, checkpoint, table)
     prompts, reference = draw_rows(
-        table, where=where, num_samples=config.num_samples, num_reference=config.num_reference, seed=config.seed
+        table,
+        where=where,
+        key=key,
+        num_samples=config.num_samples,
+        num_reference=config.num_reference,
+        seed=config.seed,
     )
     captions = read_captions(table, prompts)
     found = _run(config, checkpoint, table, prompts, reference, captions, make)
@@ -113,20 +118,22 @@ def evaluate(config: EvaluateConfig, *, make: "MakerFactory | None" = None) -> E
 
 
 def _open_table(config: EvaluateConfig, checkpoint: Checkpoint) -> SampleTable:
-    trained_on = checkpoint.manifest.table_uri
-    uri = storage.absolute(config.table or trained_on)
+    uri = storage.absolute(config.table or checkpoint.manifest.table_uri)
     version = config.version
-    if version is None and uri == trained_on:
+    if version is None and _was_trained_on(uri, checkpoint):
         version = checkpoint.manifest.table_version
     return SampleTable.open(uri, version)
 
 
-def _where(config: EvaluateConfig, checkpoint: Checkpoint, table: SampleTable) -> str | None:
-    """Which rows count: of the table that was trained on, those that were."""
-    if config.where is not None or table.uri != checkpoint.manifest.table_uri:
-        return config.where
-    where: str | None = checkpoint.manifest.config.get("data", {}).get("where")
-    return where
+def _where(config: EvaluateConfig, checkpoint: Checkpoint, table: SampleTable) -> tuple[str | None, str]:
+    """Which rows count, and what messages call that: of the table that was trained on, those that the training took."""
+    if config.where is not None or not _was_trained_on(table.uri, checkpoint):
+        return config.where, "where"
+    return checkpoint.manifest.config.get("data", {}).get("where"), "the training's data.where"
+
+
+def _was_trained_on(uri: str, checkpoint: Checkpoint) -> bool:
+    return storage.resolve(uri) == storage.resolve(checkpoint.manifest.table_uri)
 
 
 def _run(

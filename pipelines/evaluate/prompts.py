@@ -21,23 +21,41 @@ class TableRow:
 
 
 def draw_rows(
-    table: SampleTable, *, where: str | None = None, num_samples: int, num_reference: int, seed: int
+    table: SampleTable,
+    *,
+    where: str | None = None,
+    key: str = "where",
+    num_samples: int,
+    num_reference: int,
+    seed: int,
 ) -> tuple[list[TableRow], list[TableRow]]:
     """Returns the rows of the prompts, and those of the reference: others, as many as there are but no more than asked.
 
-    Both are functions of the table's version, the seed and `where`, an SQL expression for the rows that count.
+    Both are functions of the table's version, the seed and `where`.
+
+    Args:
+        table: The table.
+        where: An SQL expression for the rows that count; None is all.
+        key: What messages call it.
+        num_samples: Prompts.
+        num_reference: Others, at most.
+        seed: What is drawn depends on.
 
     Raises:
         ConfigError: The expression is wrong, or true of too few ok rows.
         WorkError: The table can't be read.
     """
-    selection = select_rows(table, where, key="where")
+    selection = select_rows(table, where, key=key)
     count = selection.num_rows
     if count < num_samples + 2:
-        meant = "" if where is None else f" of which where={where!r} is true"
+        meant = "" if where is None else f" of which {key}={where!r} is true"
+        fixes = [f"set num_samples to {count - 2} or less"] if count >= 4 else []
+        fixes += (
+            ["refresh the table"] if where is None else ["set where to a looser condition, or to true for all rows"]
+        )
         raise ConfigError(
             f"{table.uri} has {count} ok rows{meant} at version {table.version}, wanted num_samples={num_samples} and "
-            f"2 others at least to compare with; set num_samples to {max(count - 2, 0)} or less, or refresh the table"
+            f"2 others at least to compare with; {', or '.join(fixes)}"
         )
     drawn = np.random.default_rng(seed).choice(count, min(count, num_samples + num_reference), replace=False)
     ends = np.cumsum(selection.rows_per_group)

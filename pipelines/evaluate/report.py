@@ -12,8 +12,8 @@ from pipelines.train.checkpoint import MANIFEST, Checkpoint
 
 _FILE = "evaluation.json"
 _LAYOUT = 2  # raised when a metric is computed otherwise, so that old numbers are not taken for new ones
-# Where results go and how the work is cut up: they change no number.
-_NO_INPUTS = {"out", "checkpoint", "table", "version", "tracking", "workers", "batch_size", "gpus_per_worker"}
+# Where results go and how the work is cut up, which change no number; and what the inputs below hold already.
+_NO_INPUTS = {"out", "checkpoint", "table", "version", "where", "tracking", "workers", "batch_size", "gpus_per_worker"}
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class EvaluateReport:
         return values.pop("metrics") | values
 
 
-def fingerprint(config: EvaluateConfig, checkpoint: Checkpoint, table: SampleTable) -> str:
-    """Returns a text that is the same as long as the numbers would be."""
+def fingerprint(config: EvaluateConfig, checkpoint: Checkpoint, table: SampleTable, where: str | None) -> str:
+    """Returns a text that is the same as long as the numbers would be; `where` says which rows of the table count."""
     manifest = storage.read_bytes(storage.join(checkpoint.uri, MANIFEST))
     inputs = {
         "layout": _LAYOUT,
         # It holds the checksums of the weights.
         "checkpoint": hashlib.sha256(manifest).hexdigest(),
         "table": [table.uri, table.version],
+        "where": where,
         "config": config.model_dump(mode="json", exclude=_NO_INPUTS),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ class SampleTable:
 
     def read_each(
         self, shards: Sequence[Shard], columns: Mapping[str, Sequence[str]]
-    ) -> Iterator[tuple[Shard, pa.Table]]:
+    ) -> Generator[tuple[Shard, pa.Table]]:
         """Yields each of the shards, in order, with its rows; some shards ahead are in memory.
 
         Args:
@@ -159,11 +160,15 @@ class SampleTable:
         Raises:
             WorkError: A file is missing or damaged.
         """
-        with ThreadPoolExecutor(READERS) as pool:
+        pool = ThreadPoolExecutor(READERS)
+        try:
             for first in range(0, len(shards), _READ_AHEAD):
                 some = shards[first : first + _READ_AHEAD]
                 rows = pool.map(lambda shard: self.read(shard, columns[shard.outcome]), some)
                 yield from zip(some, rows, strict=True)
+        finally:
+            # Whoever stops half-way does not wait for what is still to be read.
+            pool.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
     def open_shard(self, shard: Shard) -> Iterator[pq.ParquetFile]:
@@ -183,7 +188,9 @@ class SampleTable:
         """
         queries = QueryBuilder().register("samples", self._delta)
         # It reads as many files at once as it has partitions: one a core if nothing is said, and one for small tables.
-        queries.execute(f"set datafusion.execution.target_partitions = {2 * READERS}").read_all()
+        # More than there are files would cut them into pieces, each with requests of its own.
+        count = min(2 * READERS, max(len(self.shards(outcome=None)), os.cpu_count() or 1))
+        queries.execute(f"set datafusion.execution.target_partitions = {count}").read_all()
         queries.execute("set datafusion.optimizer.repartition_file_min_size = 1").read_all()
         return pa.RecordBatchReader.from_stream(queries.execute(sql))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +24,7 @@ from pipelines.sample.generator import Generator
 from pipelines.sample.pipeline import sample
 from pipelines.tracking import TrackingConfig, metric_history
 from pipelines.train.checkpoint import Checkpoint
-from tests.pipelines.evaluate.conftest import NUM_ROWS, make_checkpoint, real_picture
+from tests.pipelines.evaluate.conftest import NUM_ROWS, WHERE, make_checkpoint, real_picture
 
 NUM_SAMPLES = 12
 
@@ -114,7 +115,8 @@ def test_an_unchanged_evaluation_is_reused_without_ray(
     assert again.reused
     assert not report.reused
     assert again.as_dict() | {"reused": False} == report.as_dict()
-    for change in ({"seed": 6}, {"guidance_scale": 2.5}, {"num_samples": 11}, {"weights": "raw"}):
+    assert evaluate(config.model_copy(update={"where": WHERE})).reused
+    for change in ({"where": "true"}, {"seed": 6}, {"guidance_scale": 2.5}, {"num_samples": 11}, {"weights": "raw"}):
         with pytest.raises(TypeError, match="NoneType"):
             evaluate(config.model_copy(update=change))
 
@@ -152,7 +154,9 @@ def test_mlflow_holds_the_numbers_the_grids_and_what_they_are_of(
     assert len(list(artifacts.rglob("training_config.yaml"))) == 1
     written = json.loads((Path(config.out) / "evaluation.json").read_text())
     assert written["checkpoint"] == checkpoint.uri
-    assert (written["table"], written["table_version"]) == (table.uri, table.version)
+    assert (written["table"], written["table_version"], written["where"]) == (table.uri, table.version, WHERE)
+    logged = MlflowClient(config.tracking.uri).get_run(report.mlflow_run_id).data.params
+    assert logged["evaluate.where"] == WHERE
 
 
 def test_rows_are_drawn_by_the_seed_and_never_twice(table: SampleTable) -> None:
@@ -180,21 +184,34 @@ def test_rows_that_do_not_count_are_not_drawn(table: SampleTable) -> None:
     assert set(read_captions(table, some)) == counting
     # A row has the same number whatever is chosen: features of real pictures are kept by it.
     assert set(some) < set(drawn(None))
-    with pytest.raises(ConfigError, match=r"has 14 ok rows of which where=.* is true at version 3, .*num_samples=13"):
+    with pytest.raises(ConfigError, match=r"has 14 ok rows .*num_samples=13 .* to 12 or less, or set where"):
         drawn(where, num_samples=13)
+    with pytest.raises(ConfigError, match=r"has 1 ok rows .* to compare with; set where to a looser condition"):
+        drawn("caption = 'disc 3'")
     with pytest.raises(ConfigError, match=r"^where='captoin is null' names captoin, .* did you mean caption"):
         drawn("captoin is null")
 
 
 def test_rows_that_were_not_trained_on_do_not_count(table: SampleTable, tmp_path: Path) -> None:
     trained = make_checkpoint(table, tmp_path / "trained", where="caption = 'disc 3'")
-    for changes, where in (({}, "disc 3"), ({"where": "caption = 'disc 4'"}, "disc 4")):
-        with pytest.raises(ConfigError, match=rf"has 1 ok rows of which where=\"caption = '{where}'\" is true"):
-            evaluate(evaluate_config(trained, tmp_path / "out", **changes))
-    other = tmp_path / "other"
-    shutil.copytree(table.uri, other)
-    with pytest.raises(ConfigError, match=r"has 40 ok rows at version 3, wanted num_samples=39"):
-        evaluate(evaluate_config(trained, tmp_path / "out", table=str(other), num_samples=39))
+    anywhere = make_checkpoint(table, tmp_path / "anywhere")
+    link, copy = tmp_path / "link", tmp_path / "copy"
+    link.symlink_to(table.uri)
+    shutil.copytree(table.uri, copy)
+    of_training = r"1 ok rows of which the training's data\.where=\"caption = 'disc 3'\" is true"
+    given = r"1 ok rows of which where=\"caption = 'disc 4'\" is true"
+    all_of_them = "40 ok rows at version 3"
+    for checkpoint, changes, said in (
+        (trained, {}, of_training),
+        (trained, {"table": f"{table.uri}/../{Path(table.uri).name}"}, of_training),
+        (trained, {"table": str(link)}, of_training),
+        (trained, {"table": str(copy)}, all_of_them),
+        (trained, {"where": "caption = 'disc 4'"}, given),
+        (trained, {"where": "true"}, "40 ok rows of which where='true' is true"),
+        (anywhere, {}, all_of_them),
+    ):
+        with pytest.raises(ConfigError, match=rf"has {said}.*, wanted num_samples=39 "):
+            evaluate(evaluate_config(checkpoint, tmp_path / "out", num_samples=39, **changes))
 
 
 def test_what_is_not_there_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:

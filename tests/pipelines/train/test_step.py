@@ -183,9 +183,9 @@ def test_rows_that_a_resolution_has_not_count_for_nothing(fine: int) -> None:
 def test_the_learning_rate_rises_then_falls_to_nothing(
     images_seen: int, warmup_images: int, decay: Literal["constant", "linear"], expected: float
 ) -> None:
-    """Of a stage of 1000 images, at most 2e-3."""
+    """Of a stage whose steps take 1000 images, at most 2e-3."""
     stage = StageConfig(
-        resolution=8, images=1000, global_batch_size=8, lr=2e-3, warmup_images=warmup_images, decay=decay
+        resolution=8, images=993, global_batch_size=8, lr=2e-3, warmup_images=warmup_images, decay=decay
     )
     assert stage.learning_rate(images_seen) == pytest.approx(expected, rel=1e-12)
 
