@@ -92,20 +92,28 @@ def test_two_at_once_make_one_table(
     assert proof.checks.failed == []
 
 
+def commit_pictures(uri: str, *, num_shards: int, shard_rows: int, picture_bytes: int) -> keys.Keys:
+    """Makes a table of the links 0.jpg, 1.jpg and so on, with pictures of random bytes; returns its ids, sorted."""
+    pictures = random.Random(0)
+    urls = [f"http://127.0.0.1:9/{number}.jpg" for number in range(num_shards * shard_rows)]
+    images = [pictures.randbytes(picture_bytes) for _ in urls]
+    rows = sample_rows(urls, images, ["a caption"] * len(urls), datetime.now(UTC))
+    parts = [rows.slice(shard_rows * number, shard_rows) for number in range(num_shards)]
+    shards = [write_shard(uri, f"00000000-{number:06d}", "ok", part) for number, part in enumerate(parts)]
+    commit(Ledger(uri, now_s=time.time()), shards, FiltersConfig())
+    return np.sort(keys.from_column(rows["id"]))
+
+
 def test_pictures_are_not_fetched_to_see_what_there_is(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a refresh's look at the table, and by statistics: of 12 MB, the columns that they are about."""
-    pictures = random.Random(0)
-    urls = [f"http://127.0.0.1:9/{number}.jpg" for number in range(600)]
-    rows = sample_rows(urls, [pictures.randbytes(20_000) for _ in urls], ["a caption"] * len(urls), datetime.now(UTC))
     uri = f"{bucket}/table"
-    shards = [write_shard(uri, f"00000000-{n:06d}", "ok", rows.slice(300 * n, 300)) for n in range(2)]
-    commit(Ledger(uri, now_s=time.time()), shards, FiltersConfig())
+    ids = commit_pictures(uri, num_shards=2, shard_rows=300, picture_bytes=20_000)
     with failing(s3_server, monkeypatch, percent=0) as proxy:
         s3.check_bucket.cache_clear()
         s3fs.S3FileSystem.clear_instance_cache()
-        found, _ = Ledger(uri, now_s=time.time()).look_up(np.sort(keys.from_column(rows["id"])))
+        found, _ = Ledger(uri, now_s=time.time()).look_up(ids)
         told = table_stats(uri)
     assert (found.tolist(), told["rows"]) == ([True] * 600, 600)
     assert told["ok_bytes"] > 12_000_000
@@ -115,16 +123,12 @@ def test_pictures_are_not_fetched_to_see_what_there_is(
 
 def test_many_files_are_asked_for_at_once(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a refresh's look at the table, and by a choice of rows; one after the other, a distant server takes hours."""
-    pictures = random.Random(0)
-    urls = [f"http://127.0.0.1:9/{number}.jpg" for number in range(16_000)]
-    rows = sample_rows(urls, [pictures.randbytes(300) for _ in urls], ["a caption"] * len(urls), datetime.now(UTC))
     uri = f"{bucket}/table"
     # Two row groups each, and between their columns more than is worth reading.
-    shards = [write_shard(uri, f"00000000-{n:06d}", "ok", rows.slice(200 * n, 200)) for n in range(80)]
-    commit(Ledger(uri, now_s=time.time()), shards, FiltersConfig())
+    ids = commit_pictures(uri, num_shards=80, shard_rows=200, picture_bytes=300)
     with failing(s3_server, monkeypatch, percent=0, delay_s=0.3) as looking:
         s3fs.S3FileSystem.clear_instance_cache()
-        found, _ = Ledger(uri, now_s=time.time()).look_up(np.sort(keys.from_column(rows["id"])))
+        found, _ = Ledger(uri, now_s=time.time()).look_up(ids)
     with failing(s3_server, monkeypatch, percent=0, delay_s=0.3) as choosing:
         s3fs.S3FileSystem.clear_instance_cache()
         chosen = list(SampleTable.open(uri).query("select id from samples where url like '%7.jpg'"))
