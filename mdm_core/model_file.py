@@ -1,7 +1,7 @@
 """A model in one file: weights, networks, noise schedule and what they answer (safetensors, the rest in its metadata).
 
-Everything that is not a tensor is JSON under the metadata's key `mdm_model`; `mdm_format` has the version of the
-layout. The weights are under the keys of the published checkpoints.
+Everything that is not a tensor is JSON under one key of the metadata, `mdm_model`: the library writes several keys in a
+random order, and the same model is to be the same bytes. The weights are under the keys of the published checkpoints.
 """
 
 import json
@@ -24,8 +24,8 @@ from mdm_core.parameterization import PredictionType, check_prediction_type
 from mdm_core.state import check_state
 from mdm_core.unet import UNet
 
-FORMAT_VERSION = 1
-"""Version of the layout that is written; older ones are read as well."""
+FORMAT_VERSION = 2
+"""Version of the layout that is written; 1, which has its version under a key of its own, is read as well."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,14 @@ def header_metadata(
     """The metadata with which a safetensors file of the networks' weights is a model file; see `save_model`."""
     check_prediction_type(prediction_type)
     values = {
+        "format": FORMAT_VERSION,
         "config": config.to_dict(),
         "schedule": asdict(schedule),
         "prediction_type": prediction_type,
         "metadata": dict(metadata),
     }
     try:
-        return {"mdm_format": str(FORMAT_VERSION), "mdm_model": json.dumps(values, allow_nan=False)}
+        return {"mdm_model": json.dumps(values, allow_nan=False)}
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metadata must be JSON: {error}") from error
 
@@ -178,18 +179,18 @@ def _read(path: Path, device: str, *, with_tensors: bool) -> tuple[dict[str, str
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> ModelHeader:
-    if "mdm_model" not in metadata or not metadata.get("mdm_format", "").isdecimal():
+    if "mdm_model" not in metadata:
         raise CheckpointError(
             f"{path} holds tensors, but no configuration: it was not written by save_model. "
             "Build its network yourself and load the tensors into that"
         )
-    version = int(metadata["mdm_format"])
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, and this code reads up to {FORMAT_VERSION}; update it"
-        )
     try:
         values = json.loads(metadata["mdm_model"])
+        version = int(values.get("format", 1))
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version}, and this code reads up to {FORMAT_VERSION}; update it"
+            )
         check_prediction_type(values["prediction_type"])
         return ModelHeader(
             MatryoshkaConfig.from_dict(values["config"]),
@@ -197,5 +198,5 @@ def _header(path: Path, metadata: Mapping[str, str]) -> ModelHeader:
             values["prediction_type"],
             dict(values["metadata"]),
         )
-    except (ValueError, TypeError, KeyError, ConfigError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"the configuration in {path} can't be used: {error!r}") from error

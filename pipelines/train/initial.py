@@ -166,5 +166,5 @@ def _look_at(uri: str) -> tuple[InitialFile, Mapping[str, Tensor], str | None]:
         return initial, weights, json.loads(metadata.get("mdm_model", "{}")).get("prediction_type")
     except FileNotFoundError as error:
         raise ConfigError("there is no such file; give a run, a checkpoint, a .safetensors or a .pth") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"it can't be read: {error}") from error

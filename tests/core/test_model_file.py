@@ -132,18 +132,36 @@ def test_any_reader_of_safetensors_reads_it(saved: Path) -> None:
     assert MatryoshkaConfig.from_dict(values["config"]) == CONFIG
 
 
+def test_the_same_model_is_the_same_bytes(saved: Path) -> None:
+    metadata = load_model(saved).metadata
+    before = saved.read_bytes()
+    for _ in range(8):
+        save_model(saved, network(), schedule=SCHEDULE, prediction_type="eps", metadata=metadata)
+        assert saved.read_bytes() == before
+
+
+def test_a_file_of_the_first_layout_is_read(saved: Path) -> None:
+    wanted = read_header(saved)
+    with safe_open(saved, "pt") as file:
+        values = json.loads(file.metadata()["mdm_model"])
+    assert values.pop("format") == 2
+    first = rewritten(saved, metadata={"mdm_format": "1", "mdm_model": json.dumps(values)})
+    assert read_header(first) == wanted
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"norm_out.bias": None}, r"don't fit the 8 px network: 1 missing: norm_out\.bias$"),
         ({"odd": torch.zeros(1)}, "1 left over: odd$"),
         ({"conv_out.bias": torch.zeros(4)}, r"1 of another shape: conv_out\.bias is \(4,\), wanted \(3,\)$"),
-        ({"metadata": {"mdm_format": "2"}}, "has format version 2, and this code reads up to 1; update it"),
+        ({"metadata": {"mdm_model": '{"format": 3}'}}, "has format version 3, and this code reads up to 2; update it"),
         ({"metadata": {"mdm_model": "{"}}, "the configuration in .* can't be used"),
         ({"metadata": {"mdm_model": '{"prediction_type": "v"}'}}, r"can't be used: KeyError\('config'\)"),
         ({"metadata": {"mdm_model": '{"config": {"networks": []}}'}}, r"can't be used: KeyError\('prediction_type'\)"),
         ({"metadata": {"mdm_model": '{"prediction_type": "noise"}'}}, "prediction_type='noise' is unknown"),
-        ({"metadata": {"mdm_format": "²"}}, "holds tensors, but no configuration"),
+        ({"metadata": {"mdm_model": '{"format": "²"}'}}, "can't be used: ValueError"),
+        ({"metadata": {"mdm_model": "[2]"}}, "can't be used: AttributeError"),
         (
             {"metadata": {"mdm_model": '{"prediction_type": "v", "config": {"networks": [{"side": 8}]}}'}},
             "can't be used.* unknown field",

@@ -17,6 +17,8 @@ from pipelines.train.worker import train_stages
 from .conftest import run_config
 from .listener import KilledError, Listener
 
+_LEARNING_RATE = 1e-3
+
 
 def train(config: TrainConfig, table: SampleTable, *, die_after: int | None = None) -> dict[tuple[int, int], float]:
     """The losses by stage and images of what is left; dies on the event after `die_after` of them."""
@@ -36,7 +38,7 @@ def tiny_config(table: SampleTable, folder: Path, **changes: Any) -> TrainConfig
     """Four steps of a network that is compiled in less than a minute."""
     network = {"resolution": 8, "channels": [4], "num_resnets": [1], "num_attention_layers": [0], "num_groups": 2}
     network |= {"num_heads": 1, "time_dim": 8, "mid_blocks": False}
-    stage = {"resolution": 8, "images": 32, "global_batch_size": 8, "lr": 1e-2}
+    stage = {"resolution": 8, "images": 32, "global_batch_size": 8, "lr": _LEARNING_RATE}
     return run_config(table, folder, model={"networks": [network]}, stages=[stage], log_every_steps=1, **changes)
 
 
@@ -86,4 +88,5 @@ def test_a_compiled_run_is_the_eager_one_and_either_goes_on_with_the_other(table
         left = train(config, table)
         assert left == pytest.approx({name: loss for name, loss in expected.items() if name[1] > 16}, rel=1e-5)
         for name, value in saved(config).items():
-            torch.testing.assert_close(value, saved(eager)[name], atol=1e-5, rtol=1e-4)
+            # Adam moves a weight whose gradient is all but nothing as far as any other, roundings and all.
+            torch.testing.assert_close(value, saved(eager)[name], atol=_LEARNING_RATE / 100, rtol=1e-4)
