@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import resource
 import threading
 import warnings
@@ -69,7 +70,7 @@ class FetchWorker:
         warnings.filterwarnings("ignore", module="PIL")
         self._engine = make_engine(config, num_threads)
         self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="fetch", daemon=True)
         self._thread.start()
 
     def __call__(self, packed: pa.Table) -> pa.Table:
@@ -98,6 +99,13 @@ class FetchWorker:
             self._thread.join()
             self._loop.close()
             self._blas.restore_original_limits()
+
+    def _run_loop(self) -> None:
+        # Where a core does both, a decoder is not interrupted, and its cache taken, by each packet that comes: many are
+        # read at its next pause. The decoders' threads are started in this one, and have it from there.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        self._loop.run_forever()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -263,7 +271,9 @@ def write_rows(table_uri: str, stem: str, rows: pa.Table) -> list[WrittenShard]:
     """Writes rows as shards, one for each outcome that there is; thumbnails go to the driver, not into the files."""
     shards = []
     for outcome in OUTCOMES:
-        part = rows.filter(pc.equal(rows["outcome"], outcome))
+        is_so = pc.equal(rows["outcome"], outcome)
+        # Filtering copies the pictures, which is for nothing where all links of a chunk came to the same.
+        part = rows if pc.all(is_so).as_py() else rows.filter(is_so)
         if part.num_rows:
             thumbnails = part[THUMBNAIL].drop_null().to_pylist()
             shards.append(write_shard(table_uri, stem, outcome, part.drop_columns([THUMBNAIL]), thumbnails))

@@ -88,6 +88,7 @@ class NativeSteps:
     def __call__(self, request: str) -> dict[str, float]:
         """Seconds a picture by step."""
         import simplejpeg
+        import uvloop
         from PIL import Image, ImageFile
         from threadpoolctl import threadpool_limits
 
@@ -98,9 +99,9 @@ class NativeSteps:
         from pipelines.data.table.shards import write_shard
 
         given, config, clock = self._given, self._given.config, _Clock()
-        asyncio.run(_fetch(Fetcher(config.fetch), given.urls[:1]))
+        uvloop.run(_fetch(Fetcher(config.fetch), given.urls[:1]))
         with clock.step("fetch"):
-            bodies = asyncio.run(_fetch(Fetcher(config.fetch), given.urls))
+            bodies = uvloop.run(_fetch(Fetcher(config.fetch), given.urls))
         decoding.decode(bodies[0], config.image, config.filters)
         timed: tuple[tuple[Any, str, str], ...] = (
             (simplejpeg, "decode_jpeg", "decode"),

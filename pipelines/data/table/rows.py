@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines.data.engine import Result
@@ -41,7 +42,7 @@ def rows_of(
         "reason": [failure and failure.reason for failure in failures],
         "retryable": [failure is not None and failure.retryable for failure in failures],
         "fetched_at": [datetime.now(UTC)] * count,
-        "image": [picture.data if isinstance(picture, Picture) else None for picture in pictures],
+        "image": _binary([picture.data if isinstance(picture, Picture) else None for picture in pictures]),
         "sha256": [result.sha256 for result in results],
         "clip_similarity": [None] * count,
         "language": list(languages),
@@ -52,6 +53,17 @@ def rows_of(
         columns[name] = [getattr(picture, name) if isinstance(picture, Clip) else None for picture in pictures]
     rows = pa.table({field.name: columns[field.name] for field in SCHEMA}, schema=SCHEMA)
     return rows.append_column(THUMBNAIL, pa.array([result.thumbnail for result in results], pa.binary()))
+
+
+def _binary(values: Sequence[bytes | None]) -> pa.Array | pa.ChunkedArray:
+    """Returns an array of values whose bytes were copied once; `pa.array` does it again whenever its memory is full."""
+    ends = np.cumsum([0, *(len(value or b"") for value in values)])
+    if ends[-1] > np.iinfo(np.int32).max:
+        return pa.array(values, pa.binary())
+    is_given = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
+    joined = b"".join(value or b"" for value in values)
+    buffers = [pa.py_buffer(is_given), pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(joined)]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def picture_to_score(row: dict[str, Any]) -> bytes | None:

@@ -32,9 +32,9 @@ def stored(body: bytes, image: ImageConfig = EXACT) -> npt.NDArray[np.float64]:
 
 
 def reference(body: bytes, width: int, height: int) -> npt.NDArray[np.float64]:
-    """Returns what Pillow alone makes of a file: all of it decoded, then one Lanczos resize."""
+    """Returns what Pillow alone makes of a file: all of it decoded, then one bicubic resize."""
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
-    return np.asarray(upright.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), np.float64)
+    return np.asarray(upright.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), np.float64)
 
 
 def psnr(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:

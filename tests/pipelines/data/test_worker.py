@@ -1,9 +1,20 @@
+import os
+import threading
+import time
 from pathlib import Path
 
+import pyarrow as pa
+import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from pipelines.data.engine import Result
+from pipelines.data.failure import Failure
+from pipelines.data.pictures.decode import Picture
+from pipelines.data.table.rows import rows_of
 from pipelines.data.worker import FetchWorker
 from tests.pipelines.data.test_refresh import configure
+
+CHUNK = pa.schema([("id", pa.binary(16)), ("url", pa.string()), ("caption", pa.string()), ("attempts", pa.int32())])
 
 
 def blas_threads() -> set[int]:
@@ -18,3 +29,30 @@ def test_products_of_pictures_are_not_shared_among_threads(tmp_path: Path) -> No
         worker.close()
         worker.close()
         assert blas_threads() == {2}
+
+
+def test_the_thread_that_fetches_does_not_interrupt_those_that_decode(tmp_path: Path) -> None:
+    worker = FetchWorker(config=configure(tmp_path, []), table_uri=str(tmp_path / "table"), stem_prefix="0")
+    (fetching,) = (thread for thread in threading.enumerate() if thread.name == "fetch")
+    ends_s = time.monotonic() + 10
+    while os.sched_getscheduler(fetching.native_id or 0) != os.SCHED_BATCH:
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    worker.close()
+
+
+@pytest.mark.parametrize("data", [[], [None], [b""], [None, b"one", b"", None, bytes(range(256)) * 100, b"x"] * 3])
+def test_rows_hold_the_bytes_of_pictures_and_nothing_where_there_are_none(data: list[bytes | None]) -> None:
+    results = [
+        Result(failure=Failure("deadline")) if each is None else Result(picture=Picture(each, "jpeg", 1, 1, 1, 1))
+        for each in data
+    ]
+    count = len(data)
+    chunk = pa.table(
+        {"id": [bytes(16)] * count, "url": ["u"] * count, "caption": ["c"] * count, "attempts": [1] * count}
+    )
+    rows = rows_of(chunk.cast(CHUNK), results, source_name="test", languages=[None] * count)
+    rows.validate(full=True)
+    assert rows["image"].to_pylist() == data
+    assert rows["image"].null_count == data.count(None)

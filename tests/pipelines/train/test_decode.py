@@ -31,7 +31,7 @@ def by_pillow(image: bytes, side: int, left: int, top: int) -> Pixels:
     with Image.open(io.BytesIO(image)) as picture:
         square = min(picture.size)
         cut = picture.convert("RGB").crop((left, top, left + square, top + square))
-    return np.asarray(cut.resize((side, side), Image.Resampling[("LANCZOS" if square % side else "BOX")]))
+    return np.asarray(cut.resize((side, side), Image.Resampling[("BICUBIC" if square % side else "BOX")]))
 
 
 @pytest.mark.parametrize("upright", [False, True])
