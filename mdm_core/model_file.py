@@ -96,7 +96,7 @@ def header_metadata(
         "metadata": dict(metadata),
     }
     try:
-        return {"mdm_model": json.dumps(values, allow_nan=False)}
+        return {"mdm_model": json.dumps(values, allow_nan=False, sort_keys=True)}
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metadata must be JSON: {error}") from error
 
@@ -109,7 +109,40 @@ def read_header(path: str | Path) -> ModelHeader:
         CheckpointError: If it is damaged, has no configuration of ours inside, or is of a newer version.
     """
     metadata, _ = _read(Path(path), "cpu", with_tensors=False)
-    return _header(Path(path), metadata)
+    return parse_header(metadata, where=str(path))
+
+
+def parse_header(metadata: Mapping[str, str], *, where: str) -> ModelHeader:
+    """What a model file is, of the metadata of its safetensors; `where` is its place, for the message.
+
+    Raises:
+        CheckpointError: As in `read_header`.
+    """
+    if "mdm_model" not in metadata:
+        raise CheckpointError(
+            f"{where} holds tensors, but no configuration: it was not written by save_model. "
+            "Build its network yourself and load the tensors into that"
+        )
+    try:
+        values = json.loads(metadata["mdm_model"])
+        if not isinstance(values, dict):
+            raise ConfigError(f"wanted a JSON object, got {type(values).__name__}")
+        version = values.get("format", 1)
+        if type(version) is not int or version < 1:
+            raise ConfigError(f"format={version!r} is no version")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format version {version}, and this code reads up to {FORMAT_VERSION}; update it"
+            )
+        check_prediction_type(values["prediction_type"])
+        return ModelHeader(
+            MatryoshkaConfig.from_dict(values["config"]),
+            NoiseSchedule(**values["schedule"]),
+            values["prediction_type"],
+            dict(values["metadata"]),
+        )
+    except (ValueError, TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"the configuration in {where} can't be used: {error!r}") from error
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
@@ -130,7 +163,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: t
     """
     path = Path(path)
     metadata, state = _read(path, str(device), with_tensors=True)
-    header = _header(path, metadata)
+    header = parse_header(metadata, where=str(path))
     with torch.device("meta"):
         network = build_network(header.config)
     check_state(network, state, what=f"the weights in {path}")
@@ -176,27 +209,3 @@ def _read(path: Path, device: str, *, with_tensors: bool) -> tuple[dict[str, str
         if head == b"PK":
             reason = "written by torch.save; a published checkpoint is read by mdm_core.apple_weights"
         raise CheckpointError(f"{path} is {reason}") from error
-
-
-def _header(path: Path, metadata: Mapping[str, str]) -> ModelHeader:
-    if "mdm_model" not in metadata:
-        raise CheckpointError(
-            f"{path} holds tensors, but no configuration: it was not written by save_model. "
-            "Build its network yourself and load the tensors into that"
-        )
-    try:
-        values = json.loads(metadata["mdm_model"])
-        version = int(values.get("format", 1))
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {version}, and this code reads up to {FORMAT_VERSION}; update it"
-            )
-        check_prediction_type(values["prediction_type"])
-        return ModelHeader(
-            MatryoshkaConfig.from_dict(values["config"]),
-            NoiseSchedule(**values["schedule"]),
-            values["prediction_type"],
-            dict(values["metadata"]),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"the configuration in {path} can't be used: {error!r}") from error

@@ -70,7 +70,7 @@ class FetchWorker:
         warnings.filterwarnings("ignore", module="PIL")
         self._engine = make_engine(config, num_threads)
         self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name="fetch", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="fetch", daemon=True)
         self._thread.start()
 
     def __call__(self, packed: pa.Table) -> pa.Table:
@@ -100,13 +100,6 @@ class FetchWorker:
             self._loop.close()
             self._blas.restore_original_limits()
 
-    def _run_loop(self) -> None:
-        # Where a core does both, a decoder is not interrupted, and its cache taken, by each packet that comes: many are
-        # read at its next pause. The decoders' threads are started in this one, and have it from there.
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        self._loop.run_forever()
-
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
@@ -128,8 +121,13 @@ class FetchWorker:
             else Result(failure=Failure(reason, outcome="filtered"))
             for reason, _ in verdicts
         ]
+        # Those of an outcome follow one another, so that each shard is a slice of the rows, and no picture is copied.
+        order = sorted(range(len(results)), key=lambda at: OUTCOMES.index(results[at].outcome))
         return rows_of(
-            chunk, results, source_name=self._config.source.name, languages=[language for _, language in verdicts]
+            chunk.take(pa.array(order, pa.int64())),
+            [results[at] for at in order],
+            source_name=self._config.source.name,
+            languages=[verdicts[at][1] for at in order],
         )
 
     def _unless_excluded(self, result: Result) -> Result:
@@ -139,6 +137,16 @@ class FetchWorker:
         if reason is None:
             return result
         return Result(failure=Failure(reason, outcome="filtered"), sha256=result.sha256)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    # Not a method, which would keep the worker for as long as the thread runs, and the worker's end is the thread's.
+    # Where a core fetches and decodes, no packet that comes interrupts a decoder, and takes its cache: those that came
+    # meanwhile are read together. The decoders' threads are started in this one, and have the policy from it.
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    loop.run_forever()
 
 
 def _read_exclusions(uri: str | None) -> Exclusions | None:
@@ -268,12 +276,15 @@ def make_engine(config: RefreshConfig, num_threads: int) -> Engine:
 
 
 def write_rows(table_uri: str, stem: str, rows: pa.Table) -> list[WrittenShard]:
-    """Writes rows as shards, one for each outcome that there is; thumbnails go to the driver, not into the files."""
+    """Writes rows, which are in the order of `OUTCOMES`, as shards, one for each outcome that there is.
+
+    Thumbnails go to the driver, not into the files.
+    """
     shards = []
+    outcomes, first = rows["outcome"].to_pylist(), 0
     for outcome in OUTCOMES:
-        is_so = pc.equal(rows["outcome"], outcome)
-        # Filtering copies the pictures, which is for nothing where all links of a chunk came to the same.
-        part = rows if pc.all(is_so).as_py() else rows.filter(is_so)
+        part = rows.slice(first, outcomes.count(outcome))
+        first += part.num_rows
         if part.num_rows:
             thumbnails = part[THUMBNAIL].drop_null().to_pylist()
             shards.append(write_shard(table_uri, stem, outcome, part.drop_columns([THUMBNAIL]), thumbnails))

@@ -3,7 +3,6 @@
 The driver finds the file and compares every shape with the networks before any worker starts; the workers read it.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from mdm_core.apple_weights import load_apple_checkpoint
 from mdm_core.config import MatryoshkaConfig
 from mdm_core.errors import CheckpointError, ConfigError, WorkError
+from mdm_core.model_file import parse_header
 from mdm_core.nested_unet import build_network
 from mdm_core.state import INNER_PREFIX, inner_network, num_shells
 from pipelines import storage
@@ -163,8 +163,9 @@ def _look_at(uri: str) -> tuple[InitialFile, Mapping[str, Tensor], str | None]:
                 log.info("%s: keys of layers that never run: %s", uri, ", ".join(published.unused_keys))
             return initial, published.weights, None
         weights, metadata = read_header(initial.uri)
-        return initial, weights, json.loads(metadata.get("mdm_model", "{}")).get("prediction_type")
+        answers = parse_header(metadata, where=initial.uri).prediction_type if "mdm_model" in metadata else None
+        return initial, weights, answers
     except FileNotFoundError as error:
         raise ConfigError("there is no such file; give a run, a checkpoint, a .safetensors or a .pth") from error
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"it can't be read: {error}") from error

@@ -1,7 +1,7 @@
 """Bicubic resizing, by the vector instructions of `cykooz.resizer`, or by Pillow where there is no build of that.
 
-The cubic is Catmull and Rom's, that of Pillow's `BICUBIC`: four tenths of a decibel from Lanczos with three lobes where
-a photo is made a third as large, and a third quicker.
+The cubic is Catmull and Rom's, that of Pillow's `BICUBIC`. It takes a third less time than Lanczos, and costs the PSNR
+of a stored photo, against full decoding and Lanczos, 0.4 dB at 256 px and 0.7 at 64 px.
 """
 
 import threading

@@ -14,6 +14,8 @@ from pipelines.data.table.sample_table import SCHEMA
 
 _SIZES = ("format", "width", "height", "original_width", "original_height", "phash")
 _CLIP = ("frames", "fps", "start_s", "duration_s")
+MOST_BYTES = int(np.iinfo(np.int32).max)
+"""Bytes of one array, since Arrow says in 32 bits where each of its values ends."""
 THUMBNAIL = "thumbnail"
 """A column that is no part of the table: small pictures of rows that are not kept."""
 
@@ -58,8 +60,8 @@ def rows_of(
 def _binary(values: Sequence[bytes | None]) -> pa.Array | pa.ChunkedArray:
     """Returns an array of values whose bytes were copied once; `pa.array` does it again whenever its memory is full."""
     ends = np.cumsum([0, *(len(value or b"") for value in values)])
-    if ends[-1] > np.iinfo(np.int32).max:
-        return pa.array(values, pa.binary())
+    if ends[-1] > MOST_BYTES:
+        return pa.array(values, pa.binary())  # in chunks
     is_given = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
     joined = b"".join(value or b"" for value in values)
     buffers = [pa.py_buffer(is_given), pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(joined)]

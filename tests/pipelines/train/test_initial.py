@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mdm_core.apple_weights import save_apple_checkpoint
 from mdm_core.errors import CheckpointError, ConfigError, WorkError
@@ -155,6 +156,13 @@ def test_weights_that_do_not_fit_are_refused_before_any_worker_starts(
     damaged.write_bytes(b"no weights" * 10)
     refused(str(damaged), ".*(no safetensors file|it is no|can't be read)")
     refused(str(tmp_path / "nothing"), ".*/nothing holds no checkpoint")
+    if kind == ".safetensors":
+        for said, message in (
+            ("[2]", "the configuration in .* can't be used: .*wanted a JSON object, got list"),
+            ('{"format": 3}', ".* has format version 3, and this code reads up to 2; update it"),
+        ):
+            save_file(wide.state_dict(), damaged, {"mdm_model": said})
+            refused(str(damaged), message)
 
 
 def test_a_file_that_changed_after_it_was_found_is_refused(table: SampleTable, tmp_path: Path) -> None:

@@ -88,5 +88,7 @@ def test_a_compiled_run_is_the_eager_one_and_either_goes_on_with_the_other(table
         left = train(config, table)
         assert left == pytest.approx({name: loss for name, loss in expected.items() if name[1] > 16}, rel=1e-5)
         for name, value in saved(config).items():
-            # Adam moves a weight whose gradient is all but nothing as far as any other, roundings and all.
-            torch.testing.assert_close(value, saved(eager)[name], atol=_LEARNING_RATE / 100, rtol=1e-4)
+            wanted = saved(eager)[name]
+            # Adam makes all gradients alike, and of the smallest ones the roundings are a good part.
+            atol = 1e-3 * float(wanted.abs().max()) if name.startswith("optimizer/") else _LEARNING_RATE / 100
+            torch.testing.assert_close(value, wanted, atol=atol, rtol=1e-4)
